@@ -1,0 +1,53 @@
+//! Compiles the BPF programs and writes their skeleton into OUT_DIR.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "ebpf")]
+    bpf::build();
+}
+
+#[cfg(feature = "ebpf")]
+mod bpf {
+    use std::env;
+    use std::ffi::OsStr;
+    use std::path::PathBuf;
+
+    use libbpf_cargo::SkeletonBuilder;
+
+    const FOLDER: &str = "src/bpf";
+    const SOURCE: &str = "src/bpf/rclone_bypass.bpf.c";
+
+    pub fn build() {
+        let variable =
+            |name: &str| env::var_os(name).unwrap_or_else(|| panic!("cargo did not set {name}"));
+        let vmlinux = PathBuf::from(variable("CARGO_MANIFEST_DIR"))
+            .join("vmlinux")
+            .join(variable("CARGO_CFG_TARGET_ARCH"));
+        assert!(
+            vmlinux.join("vmlinux.h").exists(),
+            "no {}/vmlinux.h: this architecture is not supported yet; see scripts/vmlinux.sh",
+            vmlinux.display()
+        );
+        let skeleton = PathBuf::from(variable("OUT_DIR")).join("rclone_bypass.skel.rs");
+        SkeletonBuilder::new()
+            .source(SOURCE)
+            .clang_args([
+                OsStr::new("-I"),
+                vmlinux.as_os_str(),
+                // The newest instruction set that every supported kernel knows,
+                // named because clang's own default has changed before.
+                OsStr::new("-mcpu=v3"),
+                OsStr::new("-Wall"),
+                OsStr::new("-Werror"),
+            ])
+            .build_and_generate(&skeleton)
+            .unwrap_or_else(|error| {
+                panic!(
+                    "`{SOURCE}` did not compile: {error:#}; install clang, or build with \
+                     --no-default-features"
+                )
+            });
+        println!("cargo:rerun-if-changed={FOLDER}");
+        println!("cargo:rerun-if-changed={}", vmlinux.display());
+    }
+}
