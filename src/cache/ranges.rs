@@ -1,0 +1,172 @@
+//! Sets of byte ranges, split into pieces that are proven one by one.
+
+/// A half-open range of byte offsets, never empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First byte.
+    pub start: u64,
+    /// One beyond the last byte.
+    pub end: u64,
+}
+
+/// Sorted ranges that neither overlap nor are empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ranges(Vec<Span>);
+
+impl Ranges {
+    /// Takes `(position, length)` pairs that must be sorted, apart from each
+    /// other or adjacent, and not empty; `None` where they are not, or where an
+    /// end overflows. What lies at or beyond `limit` is cut off: rclone's
+    /// ranges may exceed the file (its downloads are in whole chunks).
+    #[must_use]
+    pub fn from_sorted(pairs: &[(u64, u64)], limit: u64) -> Option<Self> {
+        let mut spans: Vec<Span> = Vec::with_capacity(pairs.len());
+        let mut last_end = 0;
+        for &(start, length) in pairs {
+            let end = start.checked_add(length)?;
+            if length == 0 || start < last_end {
+                return None;
+            }
+            last_end = end;
+            let end = end.min(limit);
+            if start >= end {
+                continue;
+            }
+            match spans.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => spans.push(Span { start, end }),
+            }
+        }
+        Some(Self(spans))
+    }
+
+    /// The ranges in order.
+    #[must_use]
+    pub fn spans(&self) -> &[Span] {
+        &self.0
+    }
+
+    /// Bytes in all ranges.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|s| s.end - s.start).sum()
+    }
+
+    /// The first offset in the set.
+    #[must_use]
+    pub fn first(&self) -> Option<u64> {
+        self.0.first().map(|s| s.start)
+    }
+
+    /// The same set in spans that cross no multiple of `window`.
+    #[must_use]
+    pub fn pieces(&self, window: u64) -> Vec<Span> {
+        let mut pieces = Vec::new();
+        for span in &self.0 {
+            let mut start = span.start;
+            while start < span.end {
+                let end = (start / window + 1).saturating_mul(window).min(span.end);
+                pieces.push(Span { start, end });
+                start = end;
+            }
+        }
+        pieces
+    }
+}
+
+/// Where an offset falls among sorted spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the span of this index.
+    In(usize),
+    /// In no span; the next one starts here (`u64::MAX`: none follows).
+    Before(u64),
+}
+
+/// Finds `offset` in sorted spans that do not overlap.
+#[must_use]
+pub fn place(spans: &[Span], offset: u64) -> Place {
+    let index = spans.partition_point(|s| s.end <= offset);
+    match spans.get(index) {
+        Some(span) if span.start <= offset => Place::In(index),
+        Some(span) => Place::Before(span.start),
+        None => Place::Before(u64::MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn refuses_what_rclone_never_writes() {
+        for bad in [
+            &[(0, 0)][..],
+            &[(10, 5), (0, 5)],
+            &[(0, 10), (9, 5)],
+            &[(u64::MAX, 2)],
+        ] {
+            assert_eq!(Ranges::from_sorted(bad, u64::MAX), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn joins_neighbours_and_cuts_at_the_limit() {
+        let ranges = Ranges::from_sorted(&[(0, 4), (4, 4), (16, 100), (200, 1)], 20).unwrap();
+        assert_eq!(
+            ranges.spans(),
+            [Span { start: 0, end: 8 }, Span { start: 16, end: 20 }]
+        );
+        assert_eq!(ranges.bytes(), 12);
+    }
+
+    proptest! {
+        /// Against a bitmap: pieces hold exactly the set, in windows.
+        #[test]
+        fn pieces_are_the_set(
+            gaps in prop::collection::vec((0u64..9, 1u64..30), 0..12),
+            limit in 0u64..200,
+            window in 1u64..40,
+        ) {
+            let mut at = 0;
+            let mut pairs = Vec::new();
+            let mut model = vec![false; 600];
+            for (gap, length) in gaps {
+                at += gap;
+                pairs.push((at, length));
+                for bit in &mut model[at as usize..(at + length) as usize] {
+                    *bit = true;
+                }
+                at += length;
+            }
+            for bit in &mut model[limit as usize..] {
+                *bit = false;
+            }
+            let ranges = Ranges::from_sorted(&pairs, limit).unwrap();
+            let pieces = ranges.pieces(window);
+            prop_assert_eq!(ranges.bytes(), model.iter().filter(|b| **b).count() as u64);
+            for piece in &pieces {
+                prop_assert!(piece.start < piece.end);
+                prop_assert_eq!(piece.start / window, (piece.end - 1) / window);
+            }
+            for (offset, present) in model.iter().enumerate() {
+                match place(&pieces, offset as u64) {
+                    Place::In(i) => {
+                        prop_assert!(*present);
+                        let piece = pieces[i];
+                        prop_assert!(piece.start <= offset as u64 && (offset as u64) < piece.end);
+                    }
+                    Place::Before(next) => {
+                        prop_assert!(!present);
+                        let expected = model[offset..].iter().position(|b| *b);
+                        prop_assert_eq!(
+                            next,
+                            expected.map_or(u64::MAX, |i| (offset + i) as u64)
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

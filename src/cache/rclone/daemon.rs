@@ -1,0 +1,319 @@
+//! The rclone process behind a mount: which one, and how it was started.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use crate::mounts::Mount;
+use crate::reason::{Reason, Refusal};
+use crate::sys::start_time;
+
+/// A process that serves a FUSE mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Daemon {
+    /// Its pid.
+    pub pid: u32,
+    /// Field 22 of its stat file: with the pid, this process and no later one.
+    start_time: u64,
+}
+
+impl Daemon {
+    fn new(pid: u32) -> Option<Self> {
+        Some(Self {
+            pid,
+            start_time: start_time(pid)?,
+        })
+    }
+
+    /// Whether it still runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// Finds the daemon of a FUSE mount: the one process whose `/dev/fuse`
+    /// descriptor names this connection (kernels with `fuse_connection` in
+    /// fdinfo), else the one that has the mount point among its arguments.
+    ///
+    /// # Errors
+    /// [`Reason::NotRclone`] where there is none, [`Reason::Ambiguous`] where
+    /// there are several, [`Reason::Permission`] where /proc hides them.
+    pub fn find(mount: &Mount) -> Result<Self, Refusal> {
+        let pids = pids().map_err(|e| Refusal::from_io("`/proc`", &e, Reason::IoError))?;
+        let mut found = Vec::new();
+        let mut hidden = 0;
+        for &pid in &pids {
+            match fuse_connections(pid) {
+                Ok(connections) if connections.contains(&mount.dev.minor()) => found.push(pid),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => hidden += 1,
+                // It has exited.
+                Err(_) => {}
+            }
+        }
+        if found.is_empty() {
+            found = pids
+                .into_iter()
+                .filter(|&pid| serves_by_arguments(pid, &mount.point))
+                .collect();
+        }
+        let point = mount.point.display();
+        match found[..] {
+            [pid] => Self::new(pid).ok_or_else(|| {
+                Refusal::new(
+                    Reason::NotRclone,
+                    format!("`{point}`: pid {pid} has exited"),
+                )
+            }),
+            [] if hidden > 0 => Err(Refusal::new(
+                Reason::Permission,
+                format!("`{point}`: no rclone found, and {hidden} processes are hidden from us"),
+            )),
+            [] => Err(Refusal::new(
+                Reason::NotRclone,
+                format!("`{point}`: no process serves this mount"),
+            )),
+            _ => Err(Refusal::new(
+                Reason::Ambiguous,
+                format!("`{point}`: pids {found:?} may serve this mount"),
+            )),
+        }
+    }
+
+    /// How it was started.
+    pub(super) fn start(&self) -> io::Result<Start> {
+        let environ = fs::read(format!("/proc/{}/environ", self.pid));
+        Ok(Start {
+            arguments: arguments(self.pid)?,
+            environ: environ.ok().map(|bytes| parse_environ(&bytes)),
+            folder: fs::read_link(format!("/proc/{}/cwd", self.pid)).ok(),
+        })
+    }
+
+    /// What to put before an absolute path of the daemon's, so that it leads
+    /// to the same file here: nothing where both see the same file systems.
+    pub(super) fn root(&self) -> PathBuf {
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let pid = self.pid.to_string();
+        let same_namespace = namespace("self").is_some_and(|own| Some(own) == namespace(&pid));
+        let own_root = fs::read_link(format!("/proc/{pid}/root"));
+        if same_namespace && own_root.is_ok_and(|r| r == Path::new("/")) {
+            PathBuf::new()
+        } else {
+            PathBuf::from(format!("/proc/{pid}/root"))
+        }
+    }
+}
+
+/// A daemon's arguments and environment, as far as they may be read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Start {
+    arguments: Vec<OsString>,
+    environ: Option<BTreeMap<OsString, OsString>>,
+    folder: Option<PathBuf>,
+}
+
+impl Start {
+    /// The value of a flag, `--name VALUE` or `--name=VALUE`; the last one, as
+    /// in rclone's pflag, else of its environment variable `RCLONE_NAME`.
+    pub(super) fn option(&self, name: &str) -> Option<OsString> {
+        let flag = format!("--{name}");
+        let mut value = None;
+        let mut arguments = self.arguments.iter().skip(1);
+        while let Some(argument) = arguments.next() {
+            let bytes = argument.as_bytes();
+            if bytes == b"--" {
+                break;
+            } else if bytes == flag.as_bytes() {
+                value = arguments.next().cloned();
+            } else if let Some(rest) = bytes.strip_prefix(format!("{flag}=").as_bytes()) {
+                value = Some(OsStr::from_bytes(rest).to_os_string());
+            }
+        }
+        let variable = format!("RCLONE_{}", name.replace('-', "_").to_uppercase());
+        value.or_else(|| self.variable(&variable))
+    }
+
+    fn variable(&self, name: &str) -> Option<OsString> {
+        let value = self.environ.as_ref()?.get(OsStr::new(name))?;
+        (!value.is_empty()).then(|| value.clone())
+    }
+
+    /// The cache folder, absolute in the daemon's eyes (fs/config/config.go,
+    /// `makeCacheDir`).
+    ///
+    /// # Errors
+    /// [`Reason::Permission`] where it depends on an environment that may not be read.
+    pub(super) fn cache_folder(&self) -> Result<PathBuf, Refusal> {
+        let hidden = |what| {
+            Refusal::new(
+                Reason::Permission,
+                format!("the daemon's {what} may not be read, and so not its cache folder"),
+            )
+        };
+        let folder = if let Some(folder) = self.option("cache-dir") {
+            PathBuf::from(folder)
+        } else if self.environ.is_none() {
+            return Err(hidden("environment"));
+        } else if let Some(base) = self.variable("XDG_CACHE_HOME") {
+            PathBuf::from(base).join("rclone")
+        } else if let Some(home) = self.variable("HOME") {
+            PathBuf::from(home).join(".cache/rclone")
+        } else {
+            let temporary = self.variable("TMPDIR").unwrap_or_else(|| "/tmp".into());
+            PathBuf::from(temporary).join("rclone")
+        };
+        if folder.is_absolute() {
+            return Ok(folder);
+        }
+        let base = self
+            .folder
+            .as_ref()
+            .ok_or_else(|| hidden("working folder"))?;
+        Ok(normalize(&base.join(folder)))
+    }
+}
+
+/// Resolves `.` and `..` by the text alone, as Go's filepath.Clean does.
+fn normalize(path: &Path) -> PathBuf {
+    use std::path::Component;
+    let mut out = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                out.pop();
+            }
+            other => out.push(other),
+        }
+    }
+    out
+}
+
+fn pids() -> io::Result<Vec<u32>> {
+    Ok(fs::read_dir("/proc")?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect())
+}
+
+/// The FUSE connections (minor device numbers) whose `/dev/fuse` a process holds.
+fn fuse_connections(pid: u32) -> io::Result<Vec<u32>> {
+    let mut connections = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        if fs::read_link(entry.path()).is_ok_and(|to| to == Path::new("/dev/fuse")) {
+            let fd = entry.file_name();
+            let info = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(fd));
+            connections.extend(info.unwrap_or_default().lines().filter_map(|line| {
+                let number = line.strip_prefix("fuse_connection:")?;
+                number.trim().parse::<u32>().ok()
+            }));
+        }
+    }
+    Ok(connections)
+}
+
+fn arguments(pid: u32) -> io::Result<Vec<OsString>> {
+    Ok(fs::read(format!("/proc/{pid}/cmdline"))?
+        .split(|&b| b == 0)
+        .map(|a| OsString::from_vec(a.to_vec()))
+        .collect())
+}
+
+fn parse_environ(bytes: &[u8]) -> BTreeMap<OsString, OsString> {
+    bytes
+        .split(|&b| b == 0)
+        .filter_map(|entry| {
+            let equals = entry.iter().position(|&b| b == b'=')?;
+            let (name, value) = (&entry[..equals], &entry[equals + 1..]);
+            Some((
+                OsStr::from_bytes(name).to_os_string(),
+                OsStr::from_bytes(value).to_os_string(),
+            ))
+        })
+        .collect()
+}
+
+/// Whether a process looks like `rclone mount … POINT`.
+fn serves_by_arguments(pid: u32, point: &Path) -> bool {
+    let Ok(arguments) = arguments(pid) else {
+        return false;
+    };
+    let folder = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+    let is_rclone = arguments.first().is_some_and(|program| {
+        Path::new(program)
+            .file_name()
+            .is_some_and(|name| name.as_bytes().starts_with(b"rclone"))
+    });
+    is_rclone
+        && arguments
+            .iter()
+            .skip(1)
+            .any(|a| !a.is_empty() && normalize(&folder.join(a)) == point)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start(arguments: &[&str], environ: Option<&[u8]>, folder: Option<&str>) -> Start {
+        Start {
+            arguments: arguments.iter().map(Into::into).collect(),
+            environ: environ.map(parse_environ),
+            folder: folder.map(PathBuf::from),
+        }
+    }
+
+    #[test]
+    fn the_cache_folder_follows_rclone() {
+        let folder = |a: &[&str], e: Option<&[u8]>, d: Option<&str>| {
+            start(a, e, d).cache_folder().map_err(|r| r.reason)
+        };
+        let none: Option<&[u8]> = Some(b"");
+        for (got, expected) in [
+            (folder(&["r", "--cache-dir", "/c"], None, None), "/c"),
+            (
+                folder(&["r", "--cache-dir=/c", "--cache-dir=/d"], None, None),
+                "/d",
+            ),
+            (
+                folder(&["r", "--cache-dir", "c/../d"], None, Some("/w")),
+                "/w/d",
+            ),
+            (
+                folder(&["r", "--", "--cache-dir=/c"], Some(b"HOME=/h\0"), None),
+                "/h/.cache/rclone",
+            ),
+            (
+                folder(&["r"], Some(b"RCLONE_CACHE_DIR=e\0HOME=/h\0"), Some("/w")),
+                "/w/e",
+            ),
+            (
+                folder(&["r"], Some(b"XDG_CACHE_HOME=/x\0HOME=/h\0"), None),
+                "/x/rclone",
+            ),
+            (folder(&["r"], none, None), "/tmp/rclone"),
+        ] {
+            assert_eq!(got.unwrap(), Path::new(expected));
+        }
+        assert_eq!(folder(&["r"], None, None), Err(Reason::Permission));
+        assert_eq!(
+            folder(&["r", "--cache-dir", "c"], none, None),
+            Err(Reason::Permission)
+        );
+    }
+
+    #[test]
+    fn a_process_is_alive_until_it_is_not() {
+        let own = Daemon::new(std::process::id()).unwrap();
+        assert!(own.is_alive());
+        let reused = Daemon {
+            start_time: own.start_time + 1,
+            ..own
+        };
+        assert!(!reused.is_alive());
+    }
+}

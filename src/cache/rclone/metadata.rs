@@ -1,0 +1,317 @@
+//! rclone's metadata files: parsed, and read so that a torn write is noticed.
+//!
+//! rclone truncates and rewrites them in place without fsync (vfscache/item.go,
+//! `_save`), so that a reader can see them empty, cut off, or mixed.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Deserialize;
+
+use crate::cache::proof::{Fingerprint, Metadata, Timestamp};
+use crate::cache::ranges::Ranges;
+use crate::reason::{Reason, Refusal};
+
+/// The fields of vfscache/item.go's `Info`, unchanged from rclone 1.53 to 1.76.
+/// A file with others was written by an rclone that nobody has looked at.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase", deny_unknown_fields)]
+struct Info {
+    #[serde(rename = "ModTime")]
+    _mod_time: String,
+    #[serde(rename = "ATime")]
+    _a_time: String,
+    size: u64,
+    rs: Option<Vec<Range>>,
+    fingerprint: String,
+    dirty: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase", deny_unknown_fields)]
+struct Range {
+    pos: u64,
+    size: u64,
+}
+
+/// Parses the bytes of a metadata file.
+///
+/// # Errors
+/// [`Reason::BadMetadata`] unless it is one complete JSON document of known
+/// fields whose ranges are sorted.
+pub fn parse(bytes: &[u8]) -> Result<Metadata, Refusal> {
+    let bad = |detail: String| Refusal::new(Reason::BadMetadata, detail);
+    let info: Info = serde_json::from_slice(bytes).map_err(|e| bad(format!("metadata: {e}")))?;
+    let pairs: Vec<(u64, u64)> = info
+        .rs
+        .unwrap_or_default()
+        .iter()
+        .map(|r| (r.pos, r.size))
+        .collect();
+    let ranges = Ranges::from_sorted(&pairs, info.size)
+        .ok_or_else(|| bad("metadata: its ranges are not sorted".into()))?;
+    Ok(Metadata {
+        size: info.size,
+        ranges,
+        dirty: info.dirty,
+        fingerprint: parse_fingerprint(&info.fingerprint),
+    })
+}
+
+/// `size[,time][,hash]` (fs/fingerprint.go); an empty or odd one is none.
+fn parse_fingerprint(text: &str) -> Option<Fingerprint> {
+    let mut fields = text.split(',');
+    let size = fields.next()?.parse().ok()?;
+    let modified = fields.next().and_then(parse_go_time);
+    Some(Fingerprint { size, modified })
+}
+
+/// Go's UTC form, trailing zeros of the fraction trimmed:
+/// `2020-09-13 12:26:40.123456716 +0000 UTC`. `None` before 1970.
+fn parse_go_time(text: &str) -> Option<Timestamp> {
+    let text = text.strip_suffix(" +0000 UTC")?;
+    let since = humantime::parse_rfc3339_weak(text)
+        .ok()?
+        .duration_since(UNIX_EPOCH)
+        .ok()?;
+    Some(Timestamp {
+        seconds: i64::try_from(since.as_secs()).ok()?,
+        nanos: since.subsec_nanos(),
+    })
+}
+
+/// What stat(2) shows of a metadata file; rewritten, it differs, unless within
+/// one tick of the kernel's clock and at equal size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    dev: u64,
+    ino: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl From<&fs::Metadata> for Stamp {
+    fn from(m: &fs::Metadata) -> Self {
+        Self {
+            dev: m.dev(),
+            ino: m.ino(),
+            size: m.size(),
+            modified: (m.mtime(), m.mtime_nsec()),
+            changed: (m.ctime(), m.ctime_nsec()),
+        }
+    }
+}
+
+/// Two ticks of the slowest kernel clock (CONFIG_HZ=100), nanoseconds.
+const TWO_TICKS_NS: i128 = 20_000_000;
+/// Larger than any metadata file: one of 100,000 ranges has about 6 MB.
+const MAX_BYTES: u64 = 64 << 20;
+/// Reads before a file that keeps changing is given up.
+const TRIES: u32 = 4;
+
+/// A metadata file as it was read: complete, twice the same.
+#[derive(Debug, Clone)]
+pub(crate) struct MetadataFile {
+    path: PathBuf,
+    /// The file's whole content.
+    pub(crate) bytes: Vec<u8>,
+    stamp: Stamp,
+    /// Written so shortly before it was read that a further write might leave
+    /// the same stamp.
+    racy: bool,
+}
+
+impl MetadataFile {
+    /// Whether the file still is what was read.
+    pub(crate) fn unchanged(&mut self) -> bool {
+        if !self.racy {
+            return fs::metadata(&self.path).is_ok_and(|m| Stamp::from(&m) == self.stamp);
+        }
+        match read_once(&self.path) {
+            Ok(Some((bytes, stamp, racy))) if bytes == self.bytes && stamp == self.stamp => {
+                self.racy = racy;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Reads a metadata file so that no torn or mixed write passes.
+///
+/// # Errors
+/// [`Reason::NoMetadata`] where there is none, [`Reason::Permission`],
+/// [`Reason::BadMetadata`] where it kept changing, [`Reason::IoError`].
+pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
+    for _ in 0..TRIES {
+        match read_once(path) {
+            Ok(Some((bytes, stamp, racy))) => {
+                return Ok(MetadataFile {
+                    path: path.to_path_buf(),
+                    bytes,
+                    stamp,
+                    racy,
+                });
+            }
+            // rclone writes it in well under a millisecond.
+            Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(Refusal::new(
+                    Reason::NoMetadata,
+                    format!("`{}`: no such file", path.display()),
+                ));
+            }
+            Err(e) => {
+                return Err(Refusal::from_io(
+                    format_args!("`{}`", path.display()),
+                    &e,
+                    Reason::IoError,
+                ));
+            }
+        }
+    }
+    Err(Refusal::new(
+        Reason::BadMetadata,
+        format!("`{}`: kept changing while it was read", path.display()),
+    ))
+}
+
+/// One attempt; `None` where the content was not stable or not complete.
+fn read_once(path: &Path) -> io::Result<Option<(Vec<u8>, Stamp, bool)>> {
+    let file = File::open(path)?;
+    let before = Stamp::from(&file.metadata()?);
+    if before.size > MAX_BYTES {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "too large for a metadata file",
+        ));
+    }
+    let mut first = vec![0; before.size as usize];
+    let mut second = first.clone();
+    if file.read_exact_at(&mut first, 0).is_err() || file.read_exact_at(&mut second, 0).is_err() {
+        return Ok(None);
+    }
+    let stable = first == second
+        && Stamp::from(&file.metadata()?) == before
+        && Stamp::from(&fs::metadata(path)?) == before
+        && first.trim_ascii_end().last() == Some(&b'}');
+    let racy = is_racy(before.modified, now_ns());
+    Ok(stable.then_some((first, before, racy)))
+}
+
+fn now_ns() -> i128 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos() as i128)
+}
+
+fn is_racy(modified: (i64, i64), now_ns: i128) -> bool {
+    let modified = i128::from(modified.0) * 1_000_000_000 + i128::from(modified.1);
+    // A time in the future says nothing: the clock was set.
+    now_ns - modified < TWO_TICKS_NS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn text(size: u64, rs: &str, fingerprint: &str, dirty: bool) -> String {
+        format!(
+            "{{\"ModTime\":\"2026-11-22T19:41:34.8Z\",\"ATime\":\"2026-11-22T19:41:35Z\",\
+             \"Size\":{size},\"Rs\":{rs},\"Fingerprint\":\"{fingerprint}\",\"Dirty\":{dirty}}}"
+        )
+    }
+
+    #[test]
+    fn parses_what_rclone_writes() {
+        let json = text(
+            3_145_728,
+            "[{\"Pos\":0,\"Size\":4194304}]",
+            "3145728,2020-09-13 12:26:40.123456716 +0000 UTC,5d41402a",
+            false,
+        );
+        let meta = parse(json.as_bytes()).unwrap();
+        // Ranges beyond the size are cut off.
+        assert_eq!(meta.ranges.bytes(), 3_145_728);
+        let time = meta.fingerprint.unwrap().modified.unwrap();
+        assert_eq!((time.seconds, time.nanos), (1_600_000_000, 123_456_716));
+    }
+
+    #[test]
+    fn fingerprints_without_a_time_or_at_all() {
+        let time = |f: &str| parse_fingerprint(f).map(|f| (f.size, f.modified.is_some()));
+        assert_eq!(time(""), None);
+        assert_eq!(time("-1,2020-09-13 12:26:40 +0000 UTC"), None);
+        assert_eq!(time("5"), Some((5, false)));
+        assert_eq!(time("5,5d41402a"), Some((5, false)));
+        assert_eq!(time("5,2020-09-13 12:26:40 +0000 UTC"), Some((5, true)));
+        assert_eq!(time("5,2020-09-13 12:26:40 +0200 CEST"), Some((5, false)));
+        assert_eq!(time("5,1960-01-01 00:00:00 +0000 UTC"), Some((5, false)));
+        let nanos = |f| parse_go_time(f).map(|t| t.nanos);
+        assert_eq!(nanos("2020-09-13 12:26:40.5 +0000 UTC"), Some(500_000_000));
+    }
+
+    #[test]
+    fn refuses_torn_unknown_and_insane_metadata() {
+        let whole = text(10, "null", "", false);
+        for cut in 0..whole.len() {
+            assert!(parse(&whole.as_bytes()[..cut]).is_err(), "cut at {cut}");
+        }
+        assert!(parse(whole.as_bytes()).is_ok());
+        let doubled = format!("{whole}{whole}");
+        let unknown = whole.replacen('{', "{\"New\":1,", 1);
+        let negative = text(10, "[{\"Pos\":-1,\"Size\":5}]", "", false);
+        let unsorted = text(
+            10,
+            "[{\"Pos\":5,\"Size\":5},{\"Pos\":0,\"Size\":1}]",
+            "",
+            false,
+        );
+        for bad in [doubled, unknown, negative, unsorted] {
+            assert_eq!(
+                parse(bad.as_bytes()).unwrap_err().reason,
+                Reason::BadMetadata
+            );
+        }
+    }
+
+    #[test]
+    fn reading_tells_missing_empty_and_changed_files_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta");
+        let reason = |p: &Path| read_metadata(p).unwrap_err().reason;
+        assert_eq!(reason(&path), Reason::NoMetadata);
+        fs::write(&path, "").unwrap();
+        assert_eq!(reason(&path), Reason::BadMetadata);
+        fs::write(&path, text(10, "null", "a", false)).unwrap();
+        let mut file = read_metadata(&path).unwrap();
+        assert!(file.unchanged());
+        // The same size, most likely within the same tick: the bytes tell.
+        fs::write(&path, text(10, "null", "b", false)).unwrap();
+        assert!(!file.unchanged());
+    }
+
+    #[test]
+    fn a_fresh_file_is_racy_and_an_old_one_is_not() {
+        assert!(is_racy((100, 0), 100_000_000_000 + TWO_TICKS_NS - 1));
+        assert!(!is_racy((100, 0), 100_000_000_000 + TWO_TICKS_NS));
+        assert!(is_racy((101, 0), 100_000_000_000));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_parse_or_refuse(bytes: Vec<u8>) {
+            let _ = parse(&bytes);
+        }
+
+        #[test]
+        fn any_fingerprint_parses_or_is_none(text in "\\PC{0,60}") {
+            let _ = parse_fingerprint(&text);
+        }
+    }
+}

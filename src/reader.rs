@@ -1,0 +1,472 @@
+//! Files that read from rclone's cache where it is proven, and through FUSE
+//! where it is not.
+
+mod buffer;
+mod companion;
+mod epoch;
+mod stats;
+
+use std::fmt;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+pub use stats::ReadStats;
+
+use crate::cache::rclone::{self, Locator};
+use crate::optin::{self, OptIn};
+use crate::reason::{Reason, Refusal};
+use buffer::ReadAhead;
+use companion::Companion;
+use epoch::{Epoch, Outcome};
+use stats::Counters;
+
+/// How often a proof that could not be had, or has ended, is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// New proofs that one read may ask for before it goes through FUSE.
+const TRIES_PER_READ: u32 = 2;
+
+/// A file on an rclone mount that is read past FUSE where that is proven to
+/// give the same bytes.
+///
+/// It holds a *companion*, the file opened through FUSE, which checks
+/// permissions, keeps rclone aware of the reader and serves every byte that is
+/// not proven; and, where the cache has the clip, the cache's own file. Any
+/// path may be opened: on other file systems, and wherever something is in
+/// doubt, every read simply goes through the companion, and
+/// [`refusal`](Self::refusal) says why.
+///
+/// ```no_run
+/// use std::io::Read;
+/// use vmafx_bypass::BypassFile;
+///
+/// # fn main() -> std::io::Result<()> {
+/// let mut clip = BypassFile::open("/rclone-mount/clip.y4m")?;
+/// let mut bytes = Vec::new();
+/// clip.read_to_end(&mut bytes)?;
+/// let stats = clip.stats();
+/// eprintln!("{} bytes from the cache, {} through FUSE", stats.cache_bytes, stats.fuse_bytes());
+/// if let Some(refusal) = clip.refusal() {
+///     eprintln!("not bypassed now: {refusal}; {}", refusal.reason.remedy());
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// [`read_at`](Self::read_at) takes `&self`: any number of threads may read at
+/// once. [`Read`] and [`Seek`] have a position, and a buffer that makes small
+/// sequential reads cheap.
+pub struct BypassFile {
+    companion: Companion,
+    state: RwLock<State>,
+    /// Held while a proof is gathered, so that one thread does it.
+    proving: Mutex<()>,
+    counters: Counters,
+    position: u64,
+    ahead: ReadAhead,
+}
+
+enum State {
+    /// Proven ranges are read from the cache.
+    Active(Arc<Epoch>),
+    /// All goes through FUSE; `again`: when another proof may be tried.
+    Fuse {
+        refusal: Refusal,
+        again: Option<Instant>,
+    },
+}
+
+/// What the state means for a read.
+enum Now {
+    Active(Arc<Epoch>),
+    Fuse(Reason),
+    /// As `Fuse`, but it is time to try another proof.
+    Due(Reason),
+}
+
+impl BypassFile {
+    /// Opens a file for reading.
+    ///
+    /// # Errors
+    /// Those of open(2) on the path itself. That it cannot be bypassed is no error.
+    pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
+        Ok(Self::new(Companion::open(path.as_ref())?))
+    }
+
+    /// Takes a descriptor that the caller has opened through FUSE, and reads
+    /// past FUSE from now on. The descriptor's own offset is neither used nor moved.
+    ///
+    /// For the length of one 1-byte read the descriptor's open file description
+    /// has O_DIRECT set, which others who share it may notice as a slower read.
+    ///
+    /// # Errors
+    /// Where the descriptor is not of a regular file that is open for reading.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self::new(Companion::from_fd(fd)?))
+    }
+
+    /// Opens a file to be read through FUSE alone, for comparison.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub fn open_fuse_only(path: impl AsRef<Path>) -> io::Result<Self> {
+        let companion = Companion::open(path.as_ref())?;
+        let refusal = Refusal::new(Reason::Disabled, "the caller asked for fuse alone");
+        Ok(Self::with_state(companion, never(refusal)))
+    }
+
+    fn new(companion: Companion) -> Self {
+        let state = if optin::from_env() == OptIn::Killed {
+            never(Refusal::new(
+                Reason::Disabled,
+                format!("{}=0", optin::VARIABLE),
+            ))
+        } else {
+            prove(&companion)
+        };
+        Self::with_state(companion, state)
+    }
+
+    fn with_state(companion: Companion, state: State) -> Self {
+        Self {
+            companion,
+            state: RwLock::new(state),
+            proving: Mutex::new(()),
+            counters: Counters::default(),
+            position: 0,
+            ahead: ReadAhead::default(),
+        }
+    }
+
+    /// The file's absolute path, without symlinks.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.companion.path()
+    }
+
+    /// The file's size as FUSE shows it now, bytes.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn size(&self) -> io::Result<u64> {
+        self.companion.size()
+    }
+
+    /// Why reads go through FUSE at the moment; `None` while proven ranges are
+    /// read from the cache.
+    #[must_use]
+    pub fn refusal(&self) -> Option<Refusal> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Active(_) => None,
+            State::Fuse { refusal, .. } => Some(refusal.clone()),
+        }
+    }
+
+    /// Bytes of the file that the current proof covers; 0 while there is none.
+    #[must_use]
+    pub fn proven_bytes(&self) -> u64 {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Active(epoch) => epoch.proven_bytes(),
+            State::Fuse { .. } => 0,
+        }
+    }
+
+    /// Where the cache file can be opened from here, for display and for
+    /// measuring; reading it gives none of this type's guarantees. `None`
+    /// while there is no proof.
+    #[must_use]
+    pub fn cache_path(&self) -> Option<PathBuf> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Active(epoch) => Some(epoch.cache_path().to_path_buf()),
+            State::Fuse { .. } => None,
+        }
+    }
+
+    /// What was read so far, and by which way.
+    #[must_use]
+    pub fn stats(&self) -> ReadStats {
+        self.counters.snapshot()
+    }
+
+    /// Reads at an offset, whichever ranges it crosses, until `buffer` is full
+    /// or the file ends. Returns the bytes read.
+    ///
+    /// # Errors
+    /// Those of reading through FUSE, where nothing was read before the error.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        // No file goes beyond: pread(2) would answer EINVAL.
+        let limit = (i64::MAX as u64).saturating_sub(offset);
+        let length = buffer
+            .len()
+            .min(usize::try_from(limit).unwrap_or(usize::MAX));
+        let buffer = &mut buffer[..length];
+        let mut done = 0;
+        while done < buffer.len() {
+            match self.read_once(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                // The bytes before it are good; the next call meets it again.
+                Err(_) if done > 0 => break,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Reads from one range: proven, or not.
+    fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        for _ in 0..TRIES_PER_READ {
+            let epoch = match self.epoch() {
+                Ok(epoch) => epoch,
+                Err(reason) => return self.read_fuse(buffer, offset, reason),
+            };
+            match epoch.read(buffer, offset) {
+                Outcome::Cache(n) => {
+                    self.counters.add_cache(n);
+                    return Ok(n);
+                }
+                Outcome::Fuse(n, reason) => {
+                    return self.read_fuse(&mut buffer[..n], offset, reason);
+                }
+                Outcome::Ended(refusal) => self.end(&epoch, refusal),
+            }
+        }
+        self.read_fuse(buffer, offset, Reason::Changed)
+    }
+
+    /// Reads at most one proven range, and nothing through FUSE; 0 where
+    /// nothing is proven at `offset`. The caller counts the bytes.
+    fn read_cached(&self, buffer: &mut [u8], offset: u64) -> usize {
+        let Ok(epoch) = self.epoch() else {
+            return 0;
+        };
+        match epoch.read(buffer, offset) {
+            Outcome::Cache(n) => n,
+            Outcome::Fuse(..) => 0,
+            Outcome::Ended(refusal) => {
+                self.end(&epoch, refusal);
+                0
+            }
+        }
+    }
+
+    fn read_fuse(&self, buffer: &mut [u8], offset: u64, reason: Reason) -> io::Result<usize> {
+        let n = self.companion.read_at(buffer, offset)?;
+        self.counters.add_fuse(n, reason);
+        Ok(n)
+    }
+
+    /// The current proof, gathered again if it is time to; else why there is none.
+    fn epoch(&self) -> Result<Arc<Epoch>, Reason> {
+        let due = match self.current() {
+            Now::Active(epoch) => return Ok(epoch),
+            Now::Fuse(reason) => return Err(reason),
+            Now::Due(reason) => reason,
+        };
+        // Another thread is at it: do not wait for it.
+        let Ok(_proving) = self.proving.try_lock() else {
+            return Err(due);
+        };
+        // Or it has just finished.
+        match self.current() {
+            Now::Active(epoch) => return Ok(epoch),
+            Now::Fuse(reason) => return Err(reason),
+            Now::Due(_) => {}
+        }
+        let state = prove(&self.companion);
+        let result = match &state {
+            State::Active(epoch) => Ok(Arc::clone(epoch)),
+            State::Fuse { refusal, .. } => Err(refusal.reason),
+        };
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        result
+    }
+
+    fn current(&self) -> Now {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Active(epoch) => Now::Active(Arc::clone(epoch)),
+            State::Fuse { refusal, again } => match again {
+                Some(again) if Instant::now() >= *again => Now::Due(refusal.reason),
+                _ => Now::Fuse(refusal.reason),
+            },
+        }
+    }
+
+    /// Drops an epoch that has ended. The first time at once for a new proof,
+    /// since a metadata file that was merely rewritten is the common case; a
+    /// proof that lasted less than [`RETRY_AFTER`] waits that long.
+    fn end(&self, epoch: &Arc<Epoch>, refusal: Refusal) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Active(current) = &*state
+            && Arc::ptr_eq(current, epoch)
+        {
+            let now = Instant::now();
+            *state = State::Fuse {
+                refusal,
+                again: Some(now.max(epoch.since() + RETRY_AFTER)),
+            };
+        }
+    }
+}
+
+/// A state that stays.
+fn never(refusal: Refusal) -> State {
+    State::Fuse {
+        refusal,
+        again: None,
+    }
+}
+
+/// Gathers the facts and decides.
+fn prove(companion: &Companion) -> State {
+    match try_prove(companion) {
+        Ok(epoch) => State::Active(Arc::new(epoch)),
+        Err(refusal) => {
+            let lasting = matches!(
+                refusal.reason,
+                Reason::NotFuse | Reason::NotRclone | Reason::WriteOpen
+            );
+            State::Fuse {
+                again: (!lasting).then(|| Instant::now() + RETRY_AFTER),
+                refusal,
+            }
+        }
+    }
+}
+
+fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
+    let path = companion.path();
+    let mount_id = companion.mount_id()?;
+    let (mount, located) = Locator::with(|locator| {
+        let table = locator.table();
+        let mount = table.by_id(mount_id).ok_or_else(|| {
+            Refusal::new(
+                Reason::NotFuse,
+                format!("`{}`: its mount is not in our mount table", path.display()),
+            )
+        })?;
+        if !mount.is_fuse() {
+            return Err(Refusal::new(
+                Reason::NotFuse,
+                format!("`{}` is on {}", path.display(), mount.fstype),
+            ));
+        }
+        if !mount.is_rclone() {
+            return Err(Refusal::new(
+                Reason::NotRclone,
+                format!("`{}` is on {}", path.display(), mount.fstype),
+            ));
+        }
+        let located = locator.locate(mount)?;
+        Ok((mount.clone(), located))
+    })?;
+    if companion.is_writable() {
+        return Err(Refusal::new(
+            Reason::WriteOpen,
+            format!("`{}` is open for writing", path.display()),
+        ));
+    }
+    let inside = mount.inside(path).ok_or_else(|| {
+        Refusal::new(
+            Reason::Ambiguous,
+            format!(
+                "`{}` is not below its mount point `{}`",
+                path.display(),
+                mount.point.display()
+            ),
+        )
+    })?;
+    let gathered = rclone::gather(&located, path, &inside, |offset| companion.prime(offset))?;
+    let proof = crate::cache::proof::prove(&gathered.facts)?;
+    Ok(Epoch::new(
+        proof,
+        gathered.data,
+        gathered.metadata,
+        located.data_path(&inside),
+    ))
+}
+
+impl Read for BypassFile {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let mut ahead = std::mem::take(&mut self.ahead);
+        let result = ahead.read(self, out, self.position);
+        self.ahead = ahead;
+        let n = result?;
+        self.position += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for BypassFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::Current(delta) => self.position.checked_add_signed(delta),
+            SeekFrom::End(delta) => self.size()?.checked_add_signed(delta),
+        };
+        self.position = target.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "seek to a negative or overflowing position",
+            )
+        })?;
+        Ok(self.position)
+    }
+}
+
+impl fmt::Debug for BypassFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BypassFile")
+            .field("path", &self.path())
+            .field("refusal", &self.refusal())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_send_sync<T: Send + Sync>() {}
+
+    #[test]
+    fn is_send_and_sync() {
+        assert_send_sync::<BypassFile>();
+    }
+
+    #[test]
+    fn a_local_file_is_read_plainly() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let content: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let mut file = BypassFile::open(&path).unwrap();
+        assert_eq!(file.refusal().unwrap().reason, Reason::NotFuse);
+        let mut read = Vec::new();
+        file.read_to_end(&mut read).unwrap();
+        assert_eq!(read, content);
+        let mut some = [0; 10];
+        assert_eq!(file.read_at(&mut some, 99_995).unwrap(), 5);
+        assert_eq!(file.read_at(&mut some, 100_000).unwrap(), 0);
+        for far in [i64::MAX as u64 - 5, i64::MAX as u64, u64::MAX] {
+            assert_eq!(file.read_at(&mut some, far).unwrap(), 0);
+        }
+        assert_eq!(file.read_at(&mut [], 0).unwrap(), 0);
+        assert_eq!(file.seek(SeekFrom::End(-3)).unwrap(), 99_997);
+        assert_eq!(file.read(&mut some).unwrap(), 3);
+        assert_eq!(some[..3], content[99_997..]);
+        assert!(file.seek(SeekFrom::Current(-200_000)).is_err());
+        let stats = file.stats();
+        assert_eq!(stats.cache_bytes, 0);
+        assert_eq!(stats.fuse_bytes(), 100_008);
+    }
+
+    #[test]
+    fn folders_and_missing_files_are_errors() {
+        assert!(BypassFile::open("/").is_err());
+        assert!(BypassFile::open("/no/such/file").is_err());
+    }
+}

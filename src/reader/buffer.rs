@@ -1,0 +1,76 @@
+//! The buffer that makes small sequential reads cheap.
+
+use std::io;
+
+use super::BypassFile;
+use crate::sys::coarse_ms;
+
+/// Bytes read ahead. Larger ones fall out of the CPU's second-level cache.
+const CAPACITY: usize = 256 << 10;
+/// Reads of at least this many bytes gain nothing from the copy.
+const SMALL: usize = 32 << 10;
+/// Buffered bytes are not returned once they are this old, milliseconds: as
+/// long as a proof may go without a look at the metadata.
+const MAX_AGE_MS: u64 = 1_000;
+
+/// Bytes of the cache that were read ahead, each under its proof.
+#[derive(Default)]
+pub(super) struct ReadAhead {
+    bytes: Vec<u8>,
+    /// File offset of the first byte.
+    start: u64,
+    /// Valid bytes.
+    length: usize,
+    filled_ms: u64,
+    /// Where the last read ended: a read from there on is sequential.
+    next: u64,
+}
+
+impl ReadAhead {
+    /// Reads at `position`: from the buffer, by filling it, or directly.
+    pub(super) fn read(
+        &mut self,
+        file: &BypassFile,
+        out: &mut [u8],
+        position: u64,
+    ) -> io::Result<usize> {
+        let mut n = self.copy(out, position);
+        if n > 0 {
+            file.counters.add_cache(n);
+        } else if out.len() >= SMALL || position != self.next {
+            n = file.read_at(out, position)?;
+        } else if self.fill(file, position) {
+            n = self.copy(out, position);
+            file.counters.add_cache(n);
+        } else {
+            n = file.read_once(out, position)?;
+        }
+        self.next = position + n as u64;
+        Ok(n)
+    }
+
+    /// Copies what the buffer has from `position` on.
+    fn copy(&self, out: &mut [u8], position: u64) -> usize {
+        let Some(skip) = position.checked_sub(self.start).map(|n| n as usize) else {
+            return 0;
+        };
+        if skip >= self.length || coarse_ms().saturating_sub(self.filled_ms) >= MAX_AGE_MS {
+            return 0;
+        }
+        let n = out.len().min(self.length - skip);
+        out[..n].copy_from_slice(&self.bytes[skip..skip + n]);
+        n
+    }
+
+    /// Fills the buffer if the cache is proven at `position`. What is not is
+    /// left to FUSE in the caller's own sizes: to read ahead there could make
+    /// rclone download what nobody asked for.
+    fn fill(&mut self, file: &BypassFile, position: u64) -> bool {
+        self.bytes.resize(CAPACITY, 0);
+        self.length = 0;
+        self.filled_ms = coarse_ms();
+        self.length = file.read_cached(&mut self.bytes, position);
+        self.start = position;
+        self.length > 0
+    }
+}

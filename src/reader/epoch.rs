@@ -1,0 +1,175 @@
+//! One proof's life: the ranges that may be read from one data file while one
+//! version of the metadata holds.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use crate::cache::proof::Proof;
+use crate::cache::ranges::{Place, Span, place};
+use crate::cache::rclone::MetadataFile;
+use crate::reason::{Reason, Refusal};
+use crate::sys::coarse_ms;
+
+/// A range is checked for holes in pieces of this size, bytes.
+const WINDOW: u64 = 4 << 20;
+/// The metadata is looked at again after this long, milliseconds.
+const RECHECK_MS: u64 = 1_000;
+
+/// What became of a read.
+pub(super) enum Outcome {
+    /// So many bytes came from the cache; never 0.
+    Cache(usize),
+    /// At most so many bytes are to be read through FUSE, for this reason.
+    Fuse(usize, Reason),
+    /// The proof does not hold any more; nothing was read.
+    Ended(Refusal),
+}
+
+/// What is known of a piece.
+const UNCHECKED: u8 = 0;
+const PRESENT: u8 = 1;
+const HAS_HOLE: u8 = 2;
+
+pub(super) struct Epoch {
+    data: File,
+    path: PathBuf,
+    size: u64,
+    bytes: u64,
+    pieces: Box<[Span]>,
+    checked: Box<[AtomicU8]>,
+    metadata: Mutex<MetadataFile>,
+    /// When the metadata was last seen unchanged, [`coarse_ms`].
+    seen_ms: AtomicU64,
+    since: Instant,
+}
+
+impl Epoch {
+    pub(super) fn new(proof: Proof, data: File, metadata: MetadataFile, path: PathBuf) -> Self {
+        let pieces = proof.ranges.pieces(WINDOW).into_boxed_slice();
+        Self {
+            data,
+            path,
+            size: proof.size,
+            bytes: proof.ranges.bytes(),
+            checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
+            pieces,
+            metadata: Mutex::new(metadata),
+            seen_ms: AtomicU64::new(coarse_ms()),
+            since: Instant::now(),
+        }
+    }
+
+    pub(super) fn proven_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(super) fn cache_path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Reads from the piece that `offset` is in, or says where to read instead.
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Outcome {
+        let limit =
+            |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
+        let index = match place(&self.pieces, offset) {
+            Place::In(index) => index,
+            // Beyond the end only FUSE knows whether the file has grown.
+            Place::Before(next) => return Outcome::Fuse(limit(next), Reason::Partial),
+        };
+        match self.check(index) {
+            Ok(true) => {}
+            Ok(false) => return Outcome::Fuse(limit(self.pieces[index].end), Reason::Hole),
+            Err(refusal) => return Outcome::Ended(refusal),
+        }
+        // Over as many pieces as are known to be present and adjoin.
+        let mut end = self.pieces[index].end;
+        for (next, state) in self.pieces[index + 1..]
+            .iter()
+            .zip(&self.checked[index + 1..])
+        {
+            if next.start != end
+                || end - offset >= buffer.len() as u64
+                || state.load(Ordering::Acquire) != PRESENT
+            {
+                break;
+            }
+            end = next.end;
+        }
+        let length = limit(end);
+        match self.pread(&mut buffer[..length], offset) {
+            Ok(()) => Outcome::Cache(length),
+            Err(refusal) => Outcome::Ended(refusal),
+        }
+    }
+
+    /// Whether a piece may be read; an error where the proof has ended.
+    fn check(&self, index: usize) -> Result<bool, Refusal> {
+        let state = self.checked[index].load(Ordering::Acquire);
+        if state != UNCHECKED {
+            if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
+                self.check_metadata()?;
+            }
+            return Ok(state == PRESENT);
+        }
+        self.check_metadata()?;
+        let span = self.pieces[index];
+        let hole = match lseek(&self.data, span.start as i64, Whence::SeekHole) {
+            Ok(hole) => hole as u64,
+            // Beyond the end: the file was cut.
+            Err(Errno::ENXIO) => return Err(changed("was truncated")),
+            Err(e) => return Err(self.failed("lseek", e.into())),
+        };
+        let present = hole >= span.end;
+        let state = if present { PRESENT } else { HAS_HOLE };
+        self.checked[index].store(state, Ordering::Release);
+        Ok(present)
+    }
+
+    fn check_metadata(&self) -> Result<(), Refusal> {
+        let now = coarse_ms();
+        let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
+        if !metadata.unchanged() {
+            return Err(changed("has new metadata"));
+        }
+        self.seen_ms.store(now, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Fills the buffer from the data file, and only then looks whether it was
+    /// still the clip's: a linked inode's present bytes are never rewritten on
+    /// a read-only mount, an unlinked one's may be, in place.
+    fn pread(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
+        let read = self.data.read_exact_at(buffer, offset);
+        let stat = self.data.metadata().map_err(|e| self.failed("fstat", e))?;
+        if stat.nlink() == 0 {
+            return Err(changed("was unlinked"));
+        }
+        if stat.size() != self.size {
+            return Err(changed("has another size"));
+        }
+        read.map_err(|e| self.failed("read", e))
+    }
+
+    fn failed(&self, call: &str, error: io::Error) -> Refusal {
+        Refusal::new(
+            Reason::IoError,
+            format!("{call} of `{}`: {error}", self.path.display()),
+        )
+    }
+}
+
+fn changed(what: &str) -> Refusal {
+    Refusal::new(Reason::Changed, format!("the cache file {what}"))
+}

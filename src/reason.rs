@@ -1,0 +1,137 @@
+//! Why bytes went through FUSE: one enum, the same in the library, JSON,
+//! metrics and documentation.
+
+use std::fmt;
+
+use serde::Serialize;
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $remedy:literal;)*) => {
+        /// Why a file, or a range of it, is read through FUSE and not from the cache.
+        ///
+        /// Names in `snake_case` are part of the command line's contract.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+        #[serde(rename_all = "snake_case")]
+        #[non_exhaustive]
+        pub enum Reason {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Reason {
+            /// Every reason, in declaration order: the order of counters.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The contract's name, `snake_case`.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+
+            /// What an operator can do about it, one sentence.
+            #[must_use]
+            pub fn remedy(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $remedy,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// `VMAFX_EBPF_BYPASS=0`, or the caller asked for FUSE alone.
+    Disabled = "disabled", "unset VMAFX_EBPF_BYPASS, or choose another engine";
+    /// The file is on no FUSE mount: it is read plainly.
+    NotFuse = "not_fuse", "nothing to do: the file is already local";
+    /// The file is on a FUSE mount of another type than `fuse.rclone`, or its
+    /// daemon cannot be found.
+    NotRclone = "not_rclone", "only `rclone mount` is supported; the daemon must be visible in /proc";
+    /// No data file in the cache.
+    NoCacheFile = "no_cache_file", "read the clip once, and mount with --vfs-cache-mode full";
+    /// No metadata file in the cache, or it lists no cached range.
+    NoMetadata = "no_metadata", "read the clip once and close it, and mount with --vfs-cache-mode full";
+    /// The metadata cannot be parsed, or kept changing while it was read.
+    BadMetadata = "bad_metadata", "try again; if it stays, the rclone version may be unknown";
+    /// The metadata describes another version of the file than FUSE shows.
+    StaleMetadata = "stale_metadata", "read the clip again so that rclone refreshes it; do not mount with --no-modtime";
+    /// The range is not in the cache.
+    Partial = "partial", "read the clip once from start to end";
+    /// The metadata lists the range but the cache file has a hole in it.
+    Hole = "hole", "delete the clip from rclone's cache: it was damaged, perhaps by a power loss";
+    /// rclone has changes to the file which it has not uploaded.
+    Dirty = "dirty", "wait for rclone to upload the file";
+    /// FUSE, the metadata and the cache file disagree on the size.
+    SizeMismatch = "size_mismatch", "read the clip again so that rclone refreshes it";
+    /// The cache file or its metadata changed while it was read.
+    Changed = "changed", "nothing to do: the clip changed, or was evicted; reads go on through FUSE";
+    /// The cache, or the daemon's /proc, may not be read.
+    Permission = "permission", "run as rclone's user, or with CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE";
+    /// The descriptor is open for writing.
+    WriteOpen = "write_open", "open the clip read-only";
+    /// A system call failed on the way to a proof.
+    IoError = "io_error", "see the message; is the daemon alive and the cache's disk healthy?";
+    /// More than one cache file or daemon could be the right one.
+    Ambiguous = "ambiguous", "give each mount its own cache folder, and start rclone with the mount point as an argument";
+    /// The mount, the cache's file system or the name is of a kind for which
+    /// there is no proof.
+    Unsupported = "unsupported", "mount with --read-only; keep the cache on ext4, xfs, btrfs or tmpfs, one mount per cache";
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A reason with its evidence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}: {detail}")]
+pub struct Refusal {
+    /// Which step of the proof did not hold.
+    pub reason: Reason,
+    /// What was found: one line, with the path or pid.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// A refusal for `reason`, found as `detail` says.
+    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            detail: detail.into(),
+        }
+    }
+
+    /// The refusal that a failed system call on `what` means: `permission` for
+    /// EACCES and EPERM, else `otherwise`.
+    pub fn from_io(what: impl fmt::Display, error: &std::io::Error, otherwise: Reason) -> Self {
+        let reason = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Reason::Permission,
+            _ => otherwise,
+        };
+        Self::new(reason, format!("{what}: {error}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_serde_writes() {
+        for reason in Reason::ALL {
+            let json = serde_json::to_value(reason).unwrap();
+            assert_eq!(json, reason.name());
+            assert!(!reason.remedy().is_empty());
+        }
+    }
+
+    #[test]
+    fn declaration_order_indexes_counters() {
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+        }
+    }
+}
