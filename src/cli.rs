@@ -1,0 +1,327 @@
+//! The command line's types.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Reads clips that rclone has cached past FUSE, never at the price of a wrong byte.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the environment cannot do it
+/// or nobody opted in, 4 data mismatch, 5 gate missed.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// Print no notes and warnings.
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Explain more.
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    pub verbose: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show which clips programs open below an rclone mount, as it happens.
+    Run(RunArgs),
+    /// Show what a running `run` tracks at the moment.
+    DumpMap(DumpMapArgs),
+    /// Read a file, from the cache where that is proven to be right.
+    Read(ReadArgs),
+    /// Measure FUSE, the bypass and the raw cache file side by side.
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// A folder on an rclone mount; may be given more than once.
+    #[arg(long, required = true, value_delimiter = ',', value_name = "DIR")]
+    pub prefix: Vec<PathBuf>,
+    /// Opt in for this one start; VMAFX_EBPF_BYPASS=1 does so for good.
+    #[arg(long)]
+    pub enable: bool,
+    /// Where to pin the maps.
+    #[arg(long, default_value = "/sys/fs/bpf/vmafx-bypass", value_name = "DIR")]
+    pub pin_dir: PathBuf,
+    /// How to attach.
+    #[arg(long, value_enum, default_value_t = Attach::Auto)]
+    pub attach: Attach,
+    /// Descriptors tracked at once, at most.
+    #[arg(long, default_value_t = 65_536, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=1 << 22))]
+    pub max_fds: u32,
+    /// Size of the event ring: a power of two.
+    #[arg(long, default_value = "4MiB", value_name = "SIZE", value_parser = parse_ring_size)]
+    pub ring_size: Size,
+    /// Start before the prefix is mounted: wait for it, at most so long if a
+    /// duration is given.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "forever",
+          value_name = "DURATION")]
+    pub wait: Option<Wait>,
+    /// End by itself after this time.
+    #[arg(long, value_name = "DURATION")]
+    pub duration: Option<humantime::Duration>,
+    /// How to print events.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// What works here.
+    Auto,
+    /// System call tracepoints.
+    Tracepoint,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct DumpMapArgs {
+    /// Where the maps are pinned.
+    #[arg(long, default_value = "/sys/fs/bpf/vmafx-bypass", value_name = "DIR")]
+    pub pin_dir: PathBuf,
+    /// Only these processes.
+    #[arg(long, value_delimiter = ',', value_name = "PID")]
+    pub pid: Vec<u32>,
+    /// How to print them.
+    #[arg(long, value_enum, default_value_t = TableFormat::Table)]
+    pub format: TableFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TableFormat {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct ReadArgs {
+    /// The file.
+    pub path: PathBuf,
+    /// Start here.
+    #[arg(long, default_value = "0", value_name = "SIZE")]
+    pub offset: Size,
+    /// Read so much, and not to the end.
+    #[arg(long, value_name = "SIZE")]
+    pub length: Option<Size>,
+    /// Write to this file, whole or not at all; `-` is standard output.
+    #[arg(short, long, default_value = "-", value_name = "FILE")]
+    pub output: PathBuf,
+    /// Bytes read at once.
+    #[arg(long, default_value = "1MiB", value_name = "SIZE", value_parser = parse_block_size)]
+    pub block_size: Size,
+    /// How to read: `auto` takes the fastest that is right.
+    #[arg(long, value_enum, default_value_t = ReadEngine::Auto)]
+    pub engine: ReadEngine,
+    /// Tell on standard error which way the bytes came.
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true,
+          default_missing_value = "text", value_name = "FORMAT")]
+    pub stats: Option<Format>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReadEngine {
+    /// From the cache where proven, through FUSE elsewhere.
+    Auto,
+    /// The same, by pread(2).
+    Pread,
+    /// Through FUSE alone.
+    Fuse,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Clips on an rclone mount, relative to --prefix or absolute.
+    #[arg(required_unless_present = "generate")]
+    pub path: Vec<PathBuf>,
+    /// A folder on an rclone mount.
+    #[arg(long, value_name = "DIR")]
+    pub prefix: Option<PathBuf>,
+    /// Make a clip of this size, serve, mount and cache it, and clean up.
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "100MiB",
+          require_equals = false, conflicts_with_all = ["path", "prefix"])]
+    pub generate: Option<Size>,
+    /// The rclone program for --generate.
+    #[arg(long, default_value = "rclone", value_name = "PROGRAM")]
+    pub rclone: PathBuf,
+    /// Bytes per read.
+    #[arg(long, default_value = "4KiB,64KiB,256KiB,1MiB", value_delimiter = ',',
+          value_name = "LIST", value_parser = parse_block_size)]
+    pub block_size: Vec<Size>,
+    /// In which order.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "sequential,random",
+        value_delimiter = ','
+    )]
+    pub pattern: Vec<Pattern>,
+    /// Measured runs of each engine.
+    #[arg(long, default_value_t = 7, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub runs: u32,
+    /// What to compare.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "fuse,bypass,raw",
+        value_delimiter = ','
+    )]
+    pub engines: Vec<Engine>,
+    /// Fail with exit 5 where FUSE is not so many times slower than the bypass:
+    /// one number, or by block size (`4KiB=12,64KiB=20`); sequential reads.
+    #[arg(long, value_delimiter = ',', value_name = "RATIO")]
+    pub gate: Vec<GateArg>,
+    /// How to print results.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Write to this file; `-` is standard output.
+    #[arg(short, long, default_value = "-", value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pattern {
+    Sequential,
+    Random,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// The rclone mount.
+    Fuse,
+    /// This program's reader.
+    Bypass,
+    /// pread(2) on the cache file, without any proof.
+    Raw,
+}
+
+/// A number of bytes: `4096`, `64KiB`, `100MiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.trim() {
+            "" | "B" => 0,
+            "K" | "KiB" => 10,
+            "M" | "MiB" => 20,
+            "G" | "GiB" => 30,
+            "T" | "TiB" => 40,
+            _ => return Err("not a size; write it as 4096, 64KiB or 100MiB".into()),
+        };
+        number
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(1 << shift))
+            .map(Self)
+            .ok_or_else(|| "not a size; write it as 4096, 64KiB or 100MiB".into())
+    }
+}
+
+fn parse_block_size(text: &str) -> Result<Size, String> {
+    match text.parse()? {
+        size @ Size(1..=0x1000_0000) => Ok(size),
+        _ => Err("a block has 1 byte to 256MiB".into()),
+    }
+}
+
+fn parse_ring_size(text: &str) -> Result<Size, String> {
+    match text.parse()? {
+        size @ Size(0x1000..=0x4000_0000) if size.0.is_power_of_two() => Ok(size),
+        _ => Err("a ring is a power of two, 4KiB to 1GiB".into()),
+    }
+}
+
+/// How long to wait for a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    Forever,
+    AtMost(humantime::Duration),
+}
+
+impl FromStr for Wait {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "forever" => Ok(Self::Forever),
+            duration => duration.parse().map(Self::AtMost),
+        }
+    }
+}
+
+/// A gate: for every block size, or for one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateArg {
+    pub block_size: Option<u64>,
+    pub ratio: f64,
+}
+
+impl FromStr for GateArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (block_size, ratio) = match text.split_once('=') {
+            Some((size, ratio)) => (Some(parse_block_size(size)?.0), ratio),
+            None => (None, text),
+        };
+        match ratio.parse::<f64>() {
+            Ok(ratio) if ratio.is_finite() && ratio > 0.0 => Ok(Self { block_size, ratio }),
+            _ => Err("a gate is a positive number, or SIZE=NUMBER".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_parse() {
+        let parse = |t: &str| t.parse::<Size>().ok().map(|s| s.0);
+        assert_eq!(parse("4096"), Some(4096));
+        assert_eq!(parse("64KiB"), Some(65_536));
+        assert_eq!(parse("100MiB"), Some(104_857_600));
+        assert_eq!(parse("1 GiB"), Some(1 << 30));
+        for bad in [
+            "",
+            "KiB",
+            "-1",
+            "1.5MiB",
+            "4kb",
+            "99999999TiB",
+            "18446744073709551616",
+        ] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn gates_parse() {
+        let parse = |t: &str| t.parse::<GateArg>().ok();
+        let gate = |block_size, ratio| Some(GateArg { block_size, ratio });
+        assert_eq!(parse("20"), gate(None, 20.0));
+        assert_eq!(parse("4KiB=30.5"), gate(Some(4096), 30.5));
+        for bad in ["", "0", "-1", "x=1", "4KiB=", "nan", "inf"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! `dump-map`: what a running `run` tracks.
+
+use anyhow::Result;
+
+use crate::cli::DumpMapArgs;
+use crate::exit::{Coded, Exit};
+use crate::output::Notes;
+use crate::signals::Signals;
+
+/// Prints the pinned maps.
+pub fn run(args: &DumpMapArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+    signals.unblock();
+    dumping::run(args, notes)
+}
+
+#[cfg(not(feature = "ebpf"))]
+mod dumping {
+    use super::{Coded, DumpMapArgs, Exit, Notes, Result};
+
+    pub fn run(_: &DumpMapArgs, _: &Notes) -> Result<Exit> {
+        Err(Coded::error(
+            Exit::Environment,
+            "this build has no tracker: build it with the cargo feature `ebpf`",
+        ))
+    }
+}
+
+#[cfg(feature = "ebpf")]
+mod dumping {
+    use std::io::{self, BufWriter, Write};
+
+    use anyhow::Context;
+    use serde::Serialize;
+    use vmafx_bypass::tracker::{Dump, DumpEntry, dump};
+
+    use super::{Coded, DumpMapArgs, Exit, Notes, Result};
+    use crate::cli::TableFormat;
+    use crate::commands::estimate::{self, Estimator};
+    use crate::output::{self, JsonPath, Row, SCHEMA, escape, shown};
+
+    pub fn run(args: &DumpMapArgs, notes: &Notes) -> Result<Exit> {
+        let mut dump =
+            dump(&args.pin_dir).map_err(|e| Coded::error(Exit::Environment, e.to_string()))?;
+        if !args.pid.is_empty() {
+            dump.entries.retain(|e| args.pid.contains(&e.pid));
+        }
+        let mut out = BufWriter::new(io::stdout());
+        match args.format {
+            TableFormat::Json => print_json(&mut out, &dump),
+            TableFormat::Table => print_table(&mut out, &dump),
+        }
+        .and_then(|()| out.flush())
+        .context("standard output")?;
+        if !dump.owner.alive {
+            notes.note(format_args!(
+                "warning: pid {}, which kept these maps, has died: they are as it left them",
+                dump.owner.pid
+            ));
+        }
+        let lost: Vec<String> = dump
+            .losses
+            .iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        if !lost.is_empty() {
+            notes.note(format_args!("warning: lost: {}", lost.join(", ")));
+        }
+        Ok(Exit::Done)
+    }
+
+    fn row(entry: &DumpEntry, estimator: &mut Estimator) -> Row {
+        let path = entry.path.as_deref();
+        let estimate = estimator.estimate(entry.dev, path, entry.size);
+        Row {
+            pid: entry.pid,
+            fd: entry.fd,
+            comm: entry.comm.to_string_lossy().into_owned(),
+            path: JsonPath::new(path),
+            dev: entry.dev.to_string(),
+            ino: entry.ino,
+            flags: entry.flags,
+            size: entry.size,
+            cached_bytes: estimate.cached_bytes,
+            state: estimate::state(&estimate),
+        }
+    }
+
+    #[derive(Serialize)]
+    struct JsonDump {
+        schema: u32,
+        owner: JsonOwner,
+        complete: bool,
+        losses: serde_json::Map<String, serde_json::Value>,
+        entries: Vec<JsonEntry>,
+    }
+
+    #[derive(Serialize)]
+    struct JsonOwner {
+        pid: u32,
+        alive: bool,
+        since: String,
+    }
+
+    #[derive(Serialize)]
+    struct JsonEntry {
+        #[serde(flatten)]
+        row: Row,
+        opened_at: String,
+    }
+
+    fn print_json(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
+        let mut estimator = Estimator::default();
+        let document = JsonDump {
+            schema: SCHEMA,
+            owner: JsonOwner {
+                pid: dump.owner.pid,
+                alive: dump.owner.alive,
+                since: output::time(dump.owner.since),
+            },
+            complete: dump.complete(),
+            losses: dump
+                .losses
+                .iter()
+                .map(|(name, count)| (name.to_owned(), count.into()))
+                .collect(),
+            entries: dump
+                .entries
+                .iter()
+                .map(|entry| JsonEntry {
+                    row: row(entry, &mut estimator),
+                    opened_at: output::time(entry.opened_at),
+                })
+                .collect(),
+        };
+        output::write_json(out, &document)
+    }
+
+    fn print_table(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
+        let mut estimator = Estimator::default();
+        writeln!(
+            out,
+            "{:>7} {:>4} {:<15} {:<24} {:>10} {:>6} {:<14} PATH",
+            "PID", "FD", "COMM", "OPENED", "SIZE", "CACHED", "STATE"
+        )?;
+        for entry in &dump.entries {
+            let row = row(entry, &mut estimator);
+            let opened = humantime::format_rfc3339_millis(entry.opened_at);
+            writeln!(
+                out,
+                "{:>7} {:>4} {:<15} {opened:<24} {:>10} {:>6} {:<14} {}",
+                row.pid,
+                row.fd,
+                escape(&entry.comm),
+                row.size(),
+                row.cached(),
+                row.state,
+                shown(entry.path.as_deref()),
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,213 @@
+//! `read`: the bytes of a file, by the way that is proven.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use serde::Serialize;
+use tempfile::NamedTempFile;
+use vmafx_bypass::{BypassFile, Reason};
+
+use crate::cli::{Format, ReadArgs, ReadEngine};
+use crate::exit::Exit;
+use crate::output::{self, JsonPath, Notes, SCHEMA, human_bytes};
+use crate::signals::{Interrupted, Signals};
+
+/// Reads and reports.
+pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+    let interrupted = signals.watch(|| {});
+    let started = Instant::now();
+    let file = match args.engine {
+        ReadEngine::Fuse => BypassFile::open_fuse_only(&args.path),
+        ReadEngine::Auto | ReadEngine::Pread => BypassFile::open(&args.path),
+    }
+    .with_context(|| format!("`{}`", args.path.display()))?;
+    let open_ns = started.elapsed().as_nanos() as u64;
+    let opened_as = file.refusal();
+
+    let mut sink = Sink::open(&args.output)?;
+    let started = Instant::now();
+    let finished = copy(&file, args, &mut sink, &interrupted)?;
+    let read_ns = started.elapsed().as_nanos() as u64;
+    if !finished {
+        return Ok(interrupted.exit().unwrap_or(Exit::Failed));
+    }
+    sink.finish()?;
+
+    let stats = file.stats();
+    let asked_for_fuse = args.engine == ReadEngine::Fuse;
+    for (reason, bytes) in &stats.by_reason {
+        if asked_for_fuse || *reason == Reason::NotFuse {
+            continue;
+        }
+        let detail = opened_as
+            .as_ref()
+            .filter(|refusal| refusal.reason == *reason)
+            .map_or_else(String::new, |refusal| format!(" ({})", refusal.detail));
+        notes.note(format_args!(
+            "note: {} of `{}` came through FUSE: {reason}{detail}; {}",
+            human_bytes(*bytes),
+            args.path.display(),
+            reason.remedy()
+        ));
+    }
+    if let Some(format) = args.stats {
+        let state = match (&opened_as, stats.cache_bytes) {
+            (Some(refusal), 0) => refusal.reason.name(),
+            _ => match stats.by_reason.keys().next() {
+                Some(reason) => reason.name(),
+                None => "active",
+            },
+        };
+        let report = Report {
+            schema: SCHEMA,
+            path: JsonPath::new(Some(file.path())),
+            state,
+            bytes: stats.cache_bytes + stats.fuse_bytes(),
+            cache_bytes: stats.cache_bytes,
+            fuse_bytes: stats.fuse_bytes(),
+            bytes_by_reason: stats.by_reason,
+            open_ns,
+            read_ns,
+        };
+        output::report(report.render(format)?);
+    }
+    Ok(Exit::Done)
+}
+
+#[derive(Serialize)]
+struct Report {
+    schema: u32,
+    #[serde(flatten)]
+    path: JsonPath,
+    state: &'static str,
+    bytes: u64,
+    cache_bytes: u64,
+    fuse_bytes: u64,
+    bytes_by_reason: BTreeMap<Reason, u64>,
+    open_ns: u64,
+    read_ns: u64,
+}
+
+impl Report {
+    fn render(&self, format: Format) -> Result<String> {
+        if format == Format::Json {
+            return Ok(serde_json::to_string(self)?);
+        }
+        let rate = self.bytes as f64 / (self.read_ns.max(1) as f64 / 1e9);
+        Ok(format!(
+            "{}: {} ({} from the cache, {} through FUSE) in {:.1} ms, {}/s; opened in {:.1} ms",
+            self.state,
+            human_bytes(self.bytes),
+            human_bytes(self.cache_bytes),
+            human_bytes(self.fuse_bytes),
+            self.read_ns as f64 / 1e6,
+            human_bytes(rate as u64),
+            self.open_ns as f64 / 1e6
+        ))
+    }
+}
+
+/// Copies what was asked for; false when a signal ended it.
+fn copy(
+    file: &BypassFile,
+    args: &ReadArgs,
+    sink: &mut Sink,
+    interrupted: &Interrupted,
+) -> Result<bool> {
+    let mut buffer = vec![0; args.block_size.0 as usize];
+    let mut offset = args.offset.0;
+    let mut left = args.length.map_or(u64::MAX, |length| length.0);
+    while left > 0 {
+        if interrupted.exit().is_some() {
+            return Ok(false);
+        }
+        let want = buffer
+            .len()
+            .min(usize::try_from(left).unwrap_or(usize::MAX));
+        let n = file
+            .read_at(&mut buffer[..want], offset)
+            .with_context(|| format!("reading `{}` at offset {offset}", args.path.display()))?;
+        if n == 0 {
+            break;
+        }
+        sink.write(&buffer[..n])?;
+        offset += n as u64;
+        left -= n as u64;
+    }
+    Ok(true)
+}
+
+/// Where the bytes go.
+enum Sink {
+    /// Standard output, or a device or pipe.
+    Stream { file: File, name: String },
+    /// A temporary file that becomes the target when it is whole, and is
+    /// removed when it does not.
+    Whole {
+        file: NamedTempFile,
+        target: PathBuf,
+    },
+}
+
+impl Sink {
+    fn open(output: &Path) -> Result<Self> {
+        if output == Path::new("-") {
+            return Ok(Self::Stream {
+                file: output::raw_stdout().context("standard output")?,
+                name: "standard output".into(),
+            });
+        }
+        let name = format!("`{}`", output.display());
+        // A symlink stays one: what it leads to is replaced.
+        let target = fs::canonicalize(output).unwrap_or_else(|_| output.to_path_buf());
+        match fs::metadata(&target) {
+            Ok(found) if found.is_dir() => return Err(anyhow!("{name} is a folder")),
+            Ok(found) if !found.is_file() => {
+                let file = OpenOptions::new()
+                    .write(true)
+                    .open(&target)
+                    .with_context(|| name.clone())?;
+                return Ok(Self::Stream { file, name });
+            }
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).context(name),
+        }
+        let folder = match target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let file = tempfile::Builder::new()
+            .prefix(".vmafx-bypass-")
+            // The umask applies.
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)
+            .with_context(|| format!("a temporary file beside {name}"))?;
+        Ok(Self::Whole { file, target })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Stream { file, name } => file.write_all(bytes).context(name.clone()),
+            Self::Whole { file, target } => file
+                .write_all(bytes)
+                .with_context(|| format!("writing `{}`", target.display())),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self {
+            Self::Stream { .. } => Ok(()),
+            Self::Whole { file, target } => file
+                .persist(&target)
+                .map(drop)
+                .map_err(|e| e.error)
+                .with_context(|| format!("`{}`", target.display())),
+        }
+    }
+}

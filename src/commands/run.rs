@@ -1,0 +1,373 @@
+//! `run`: events as they happen.
+
+use std::process;
+
+use anyhow::Result;
+
+use crate::cli::RunArgs;
+use crate::exit::{Coded, Exit};
+use crate::output::Notes;
+use crate::signals::Signals;
+use vmafx_bypass::optin::{self, OptIn};
+
+/// Checks the opt-in and tracks until a signal.
+pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+    match optin::from_env() {
+        OptIn::Killed => {
+            return Err(Coded::error(
+                Exit::Environment,
+                format!(
+                    "{0}=0 switches tracking off on this host: unset it or set {0}=1",
+                    optin::VARIABLE
+                ),
+            ));
+        }
+        OptIn::Unset if !args.enable => {
+            return Err(Coded::error(
+                Exit::Environment,
+                format!(
+                    "tracking is opt-in: set {}=1, or start with --enable",
+                    optin::VARIABLE
+                ),
+            ));
+        }
+        OptIn::Unset | OptIn::Yes => {}
+    }
+    notes.detail(format_args!("pid {}", process::id()));
+    tracking::run(args, notes, signals)
+}
+
+#[cfg(not(feature = "ebpf"))]
+mod tracking {
+    use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
+
+    pub fn run(_: &RunArgs, _: &Notes, _: Signals) -> Result<Exit> {
+        Err(Coded::error(
+            Exit::Environment,
+            "this build has no tracker: build it with the cargo feature `ebpf`",
+        ))
+    }
+}
+
+#[cfg(feature = "ebpf")]
+mod tracking {
+    use std::io::{self, BufWriter, Write};
+    use std::path::Path;
+    use std::sync::mpsc::RecvTimeoutError;
+    use std::time::{Duration, Instant};
+
+    use anyhow::Context;
+    use serde::Serialize;
+    use vmafx_bypass::tracker::{Event, Losses, Subscription, TrackerError, Update, Watch};
+    use vmafx_bypass::{Tracker, TrackerOptions};
+
+    use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
+    use crate::cli::{Format, Wait};
+    use crate::commands::estimate::{self, Estimator};
+    use crate::output::{self, JsonPath, Row, SCHEMA, escape, shown};
+
+    pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+        let tracker = Tracker::start(TrackerOptions {
+            prefixes: args.prefix.clone(),
+            allow_missing: args.wait.is_some(),
+            pin_dir: Some(args.pin_dir.clone()),
+            max_fds: args.max_fds,
+            ring_bytes: args.ring_size.0 as u32,
+        })
+        .map_err(coded)?;
+        let stopper = tracker.stopper();
+        let interrupted = signals.watch(move || stopper.stop());
+        if tracker.replaced_pins() {
+            notes.note(format_args!(
+                "warning: replaced the pins that a dead process had left at `{}`",
+                args.pin_dir.display()
+            ));
+        }
+        let updates = tracker.subscribe();
+        let mut printer = Printer::new(args.format, notes);
+        let ended = printer
+            .begin(&tracker.watches())
+            .map_err(Into::into)
+            .and_then(|()| {
+                if let Some(Wait::AtMost(limit)) = args.wait
+                    && tracker.watches().is_empty()
+                    && interrupted.exit().is_none()
+                {
+                    wait_for_mount(&updates, *limit, &mut printer)?;
+                }
+                follow(&updates, args.duration.map(|d| *d), &mut printer)
+            });
+        // The tracker's own errors are told by `stop`, and come first.
+        let tracked = tracker.entries().len();
+        let (events, losses) = (tracker.events(), tracker.losses());
+        let stopped = tracker.stop().map_err(coded);
+        let summarised = printer.end(events, tracked, &losses);
+        stopped?;
+        ended?;
+        summarised?;
+        Ok(Exit::Done)
+    }
+
+    fn coded(error: TrackerError) -> anyhow::Error {
+        match &error {
+            TrackerError::Environment(_) | TrackerError::Prefix(_) => {
+                Coded::error(Exit::Environment, error.to_string())
+            }
+            _ => error.into(),
+        }
+    }
+
+    fn wait_for_mount(
+        updates: &Subscription,
+        limit: Duration,
+        printer: &mut Printer<'_>,
+    ) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match updates.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(update) => {
+                    printer.update(&update)?;
+                    if matches!(update, Update::Mounted(_)) {
+                        return Ok(());
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Coded::error(
+                        Exit::Environment,
+                        format!(
+                            "no prefix came on an rclone mount within {}",
+                            humantime::format_duration(limit)
+                        ),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Prints until tracking ends, or the time is over.
+    fn follow(
+        updates: &Subscription,
+        duration: Option<Duration>,
+        printer: &mut Printer<'_>,
+    ) -> Result<()> {
+        let deadline = duration.map(|d| Instant::now() + d);
+        loop {
+            // Rows are flushed when there is nothing more to print at once.
+            let update = match updates.recv_timeout(Duration::ZERO) {
+                Err(RecvTimeoutError::Timeout) => {
+                    printer.flush()?;
+                    match deadline {
+                        None => updates.recv().ok_or(RecvTimeoutError::Disconnected),
+                        Some(deadline) => {
+                            updates.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                        }
+                    }
+                }
+                ready => ready,
+            };
+            match update {
+                Ok(update) => printer.update(&update)?,
+                Err(_) => return Ok(()),
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(());
+            }
+        }
+    }
+
+    #[derive(Serialize)]
+    struct JsonEvent<'a> {
+        event: &'static str,
+        ts: String,
+        tid: u32,
+        #[serde(flatten)]
+        row: &'a Row,
+        open_ns: Option<u64>,
+    }
+
+    #[derive(Serialize)]
+    struct JsonMount {
+        event: &'static str,
+        ts: String,
+        #[serde(flatten)]
+        prefix: JsonPath,
+        dev: String,
+        source: String,
+        read_only: bool,
+    }
+
+    /// Prints events as text rows or NDJSON.
+    struct Printer<'a> {
+        format: Format,
+        notes: &'a Notes,
+        out: BufWriter<std::io::Stdout>,
+        estimator: Estimator,
+    }
+
+    impl<'a> Printer<'a> {
+        fn new(format: Format, notes: &'a Notes) -> Self {
+            Self {
+                format,
+                notes,
+                out: BufWriter::new(io::stdout()),
+                estimator: Estimator::default(),
+            }
+        }
+
+        fn json(&mut self, value: &impl Serialize) -> io::Result<()> {
+            output::write_json(&mut self.out, value)
+        }
+
+        fn begin(&mut self, watches: &[Watch]) -> io::Result<()> {
+            if self.format == Format::Json {
+                self.json(&serde_json::json!({"schema": SCHEMA, "stream": "events"}))?;
+            }
+            if watches.is_empty() {
+                self.notes
+                    .note("attached by tracepoints; waiting for a mount");
+            }
+            for watch in watches {
+                self.mount("attach", watch)?;
+            }
+            if self.format == Format::Text && !self.notes.is_quiet() {
+                writeln!(
+                    self.out,
+                    "{:<12} {:<5} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} PATH",
+                    "TIME", "EVENT", "PID", "FD", "COMM", "SIZE", "CACHED", "STATE", "OPEN"
+                )?;
+            }
+            self.flush()
+        }
+
+        /// A prefix that is watched now, or not any more.
+        fn mount(&mut self, event: &'static str, watch: &Watch) -> io::Result<()> {
+            let mount = &watch.mount;
+            match self.format {
+                Format::Json => self.json(&JsonMount {
+                    event,
+                    ts: output::time(std::time::SystemTime::now()),
+                    prefix: JsonPath::new(Some(&watch.prefix)),
+                    dev: mount.dev.to_string(),
+                    source: mount.source.to_string_lossy().into_owned(),
+                    read_only: mount.read_only,
+                }),
+                Format::Text => {
+                    let what = match event {
+                        "attach" => "attached by tracepoints, watching",
+                        "mount" => "mounted, watching",
+                        _ => "unmounted, waiting for",
+                    };
+                    let mode = if mount.read_only {
+                        "read-only"
+                    } else {
+                        "writable"
+                    };
+                    self.notes.note(format_args!(
+                        "{what} `{}` ({} {}, device {}, {mode})",
+                        escape(watch.prefix.as_os_str()),
+                        mount.fstype,
+                        escape(&mount.source),
+                        mount.dev,
+                    ));
+                    Ok(())
+                }
+            }
+        }
+
+        fn update(&mut self, update: &Update) -> io::Result<()> {
+            match update {
+                Update::Fd(event) => self.event(event),
+                Update::Mounted(watch) => self.mount("mount", watch),
+                Update::Unmounted(watch) => self.mount("unmount", watch),
+                _ => Ok(()),
+            }
+        }
+
+        fn event(&mut self, event: &Event) -> io::Result<()> {
+            if self.notes.is_quiet() && self.format == Format::Text {
+                return Ok(());
+            }
+            let fd = &event.fd;
+            let path: Option<&Path> = fd.path.as_deref();
+            let estimate = self.estimator.estimate(fd.dev, path, fd.size);
+            let row = Row {
+                pid: fd.pid,
+                fd: fd.fd,
+                comm: fd.comm.to_string_lossy().into_owned(),
+                path: JsonPath::new(path),
+                dev: fd.dev.to_string(),
+                ino: fd.ino,
+                flags: fd.flags,
+                size: fd.size,
+                cached_bytes: estimate.cached_bytes,
+                state: estimate::state(&estimate),
+            };
+            let ts = output::time(event.at);
+            if self.format == Format::Json {
+                return self.json(&JsonEvent {
+                    event: event.kind.name(),
+                    ts,
+                    tid: event.tid,
+                    row: &row,
+                    open_ns: fd.open_ns,
+                });
+            }
+            let open = match (event.kind.name(), fd.open_ns) {
+                ("open", Some(ns)) => format!("{:.1} us", ns as f64 / 1e3),
+                _ => "-".to_owned(),
+            };
+            // The time of day alone, to the millisecond.
+            let clock = ts.get(11..23).unwrap_or(&ts);
+            writeln!(
+                self.out,
+                "{clock:<12} {:<5} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {open:>9} {}",
+                event.kind.name(),
+                row.pid,
+                row.fd,
+                escape(&fd.comm),
+                row.size(),
+                row.cached(),
+                row.state,
+                shown(path),
+            )
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.out.flush()
+        }
+
+        /// The summary, with every loss; printed even with `--quiet`.
+        fn end(&mut self, events: u64, tracked: usize, losses: &Losses) -> Result<()> {
+            if self.format == Format::Json {
+                let counts: serde_json::Map<_, _> = losses
+                    .iter()
+                    .map(|(name, count)| (name.to_owned(), count.into()))
+                    .collect();
+                self.json(&serde_json::json!({
+                    "event": "summary",
+                    "ts": output::time(std::time::SystemTime::now()),
+                    "events": events,
+                    "tracked": tracked,
+                    "complete": losses.complete(),
+                    "losses": counts,
+                }))?;
+            } else {
+                let lost: Vec<String> = losses
+                    .iter()
+                    .filter(|(_, count)| *count > 0)
+                    .map(|(name, count)| format!("{name} {count}"))
+                    .collect();
+                let lost = if lost.is_empty() {
+                    "nothing lost".to_owned()
+                } else {
+                    format!("lost: {}", lost.join(", "))
+                };
+                output::report(format_args!(
+                    "summary: {events} events, {tracked} descriptors still open, {lost}"
+                ));
+            }
+            self.flush().context("standard output")
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Reads clips that rclone has cached past FUSE, never at the price of a wrong
+//! byte, and tracks with eBPF which clips programs have open.
+//!
+//! - [`BypassFile`] is a file on an rclone mount that reads from rclone's disk
+//!   cache, range by range, where the bytes are proven present and current,
+//!   and through FUSE where they are not.
+#![cfg_attr(
+    feature = "ebpf",
+    doc = "- [`Tracker`] knows which descriptors on a mount are open, host-wide, from\n  tracepoints."
+)]
+//! - [`mod@bench`] compares the ways to read a clip.
+//!
+//! "pid" is always the kernel's tgid: what getpid(2) returns.
+
+pub mod cache;
+pub mod mounts;
+pub mod optin;
+pub mod reader;
+pub mod reason;
+mod sys;
+#[cfg(feature = "ebpf")]
+pub mod tracker;
+
+pub use reader::{BypassFile, ReadStats};
+pub use reason::{Reason, Refusal};
+#[cfg(feature = "ebpf")]
+pub use tracker::{Tracker, TrackerOptions};

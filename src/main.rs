@@ -1,0 +1,35 @@
+//! The command line of `vmafx-bypass`.
+
+mod cli;
+mod commands;
+mod exit;
+mod output;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use exit::Exit;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let notes = output::Notes::new(cli.quiet, cli.verbose);
+    // Before any thread starts, so that all of them leave signals to one.
+    let signals = signals::Signals::block();
+    let result = match cli.command {
+        Command::Run(args) => commands::run::run(&args, &notes, signals),
+        Command::DumpMap(args) => commands::dump_map::run(&args, &notes, signals),
+        Command::Read(args) => commands::read::run(&args, &notes, signals),
+        Command::Bench(args) => commands::bench::run(&args, &notes, signals),
+    };
+    match result {
+        Ok(exit) => exit.into(),
+        Err(error) if exit::is_broken_pipe(&error) => Exit::Done.into(),
+        Err(error) => {
+            output::error(&error);
+            exit::of(&error).into()
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Tracked descriptors as rows: one field model, rendered as text and JSON.
+
+use std::ffi::OsStr;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{JsonPath, human_bytes};
+
+/// What `run` and `dump-map` show of a descriptor.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub pid: u32,
+    pub fd: u32,
+    pub comm: String,
+    #[serde(flatten)]
+    pub path: JsonPath,
+    /// `major:minor`.
+    pub dev: String,
+    pub ino: u64,
+    pub flags: u32,
+    pub size: u64,
+    /// An estimate, from rclone's metadata alone.
+    pub cached_bytes: Option<u64>,
+    /// `active`, or a reason: an estimate, likewise.
+    pub state: &'static str,
+}
+
+impl Row {
+    /// The size and what of it is cached, for people.
+    pub fn cached(&self) -> String {
+        match self.cached_bytes {
+            Some(bytes) if self.size > 0 => {
+                format!("{:.0}%", 100.0 * bytes as f64 / self.size as f64)
+            }
+            _ => "-".to_owned(),
+        }
+    }
+
+    pub fn size(&self) -> String {
+        human_bytes(self.size)
+    }
+}
+
+/// A path or name on one line of a terminal: control characters and bytes
+/// that are no text are escaped, and so is the backslash that escapes them.
+pub fn escape(text: &OsStr) -> String {
+    let mut out = String::new();
+    for chunk in text.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '\\' => out.push_str("\\\\"),
+                c if c.is_control() => out.extend(c.escape_default()),
+                c => out.push(c),
+            }
+        }
+        for byte in chunk.invalid() {
+            // Writing to a string does not fail.
+            let _ = write!(out, "\\x{byte:02x}");
+        }
+    }
+    out
+}
+
+/// An absolute path on one line; a question mark where it got lost.
+pub fn shown(path: Option<&Path>) -> String {
+    path.map_or_else(|| "?".to_owned(), |p| escape(p.as_os_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_stay_on_one_line() {
+        let name = OsStr::from_bytes(b"a b\n\x1b[31m\\ \xff\xc3\xa9");
+        assert_eq!(escape(name), "a b\\n\\u{1b}[31m\\\\ \\xffé");
+    }
+}

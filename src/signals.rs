@@ -1,0 +1,72 @@
+//! SIGINT and SIGTERM, taken by one thread so that the others can clean up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::exit::Exit;
+
+/// How long a command may take to clean up before the process ends without.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Signals that are blocked and wait to be taken.
+pub struct Signals(SigSet);
+
+impl Signals {
+    /// Blocks both signals in this thread and in all that it starts.
+    pub fn block() -> Self {
+        let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        // Only an invalid set makes it fail.
+        let _ = set.thread_block();
+        Self(set)
+    }
+
+    /// Calls `on_signal` at the first signal. A second one, or the end of the
+    /// time that a command has to clean up, ends the process.
+    pub fn watch(self, on_signal: impl FnOnce() + Send + 'static) -> Interrupted {
+        let interrupted = Interrupted::default();
+        let flag = interrupted.clone();
+        let spawned = std::thread::Builder::new()
+            .name("vmafx-signals".into())
+            .spawn(move || {
+                let Ok(signal) = self.0.wait() else { return };
+                flag.0.store(signal as u8, Ordering::SeqCst);
+                on_signal();
+                std::thread::spawn(move || {
+                    std::thread::sleep(GRACE);
+                    std::process::exit(128 + signal as i32);
+                });
+                if let Ok(second) = self.0.wait() {
+                    std::process::exit(128 + second as i32);
+                }
+            });
+        if spawned.is_err() {
+            // Without the thread the signals end the process, as by default.
+            let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+            let _ = set.thread_unblock();
+        }
+        interrupted
+    }
+
+    /// Lets both signals end the process, as by default.
+    pub fn unblock(self) {
+        // As in `block`.
+        let _ = self.0.thread_unblock();
+    }
+}
+
+/// Whether a signal has come.
+#[derive(Debug, Clone, Default)]
+pub struct Interrupted(Arc<AtomicU8>);
+
+impl Interrupted {
+    /// The exit code that the signal asks for, once it has come.
+    pub fn exit(&self) -> Option<Exit> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => None,
+            signal => Some(Exit::Signal(signal)),
+        }
+    }
+}

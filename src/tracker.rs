@@ -1,0 +1,470 @@
+//! Knows, host-wide, which descriptors on watched rclone mounts are open.
+//!
+//! BPF programs on tracepoints keep a hash map of `(pid, fd)` and tell user
+//! space by ring buffer; one thread keeps a table from these events. What is
+//! tracked: descriptors of regular files on a watched superblock, open for
+//! reading or writing; no O_PATH, no folders.
+
+mod abi;
+mod host;
+mod pinned;
+mod session;
+mod table;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
+pub use table::{Event, EventKind, TrackedFd};
+pub use watch::{PrefixError, Watch};
+
+use table::Table;
+
+/// Where maps are pinned unless told otherwise.
+pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/vmafx-bypass";
+/// Events that a slow subscriber may lag behind.
+const SUBSCRIBER_CAPACITY: usize = 65_536;
+
+macro_rules! losses {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $exact:literal;)*) => {
+        /// What can get lost while tracking; each is counted.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+        #[non_exhaustive]
+        pub enum Loss {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Loss {
+            /// Every cause, those of the kernel first and in the order of
+            /// `enum vb_loss`.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The name in summaries and JSON, `snake_case`.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+
+            /// Whether the table may differ from the truth after it.
+            #[must_use]
+            pub fn breaks_table(self) -> bool {
+                match self {
+                    $(Self::$variant => !$exact,)*
+                }
+            }
+        }
+    };
+}
+
+losses! {
+    /// More descriptors than `max_fds`: some are not tracked.
+    FdsFull = "fds_full", false;
+    /// More processes than `max_fds`: likewise.
+    ProcsFull = "procs_full", false;
+    /// The ring buffer was full: an event is missing.
+    RingFull = "ring_full", false;
+    /// A path of over 4,095 bytes, or one that changed while it was read.
+    PathUnreadable = "path_unreadable", false;
+    /// No scratch buffer was free: an event has no path.
+    ScratchBusy = "scratch_busy", false;
+    /// Too many threads were closing at once: an entry may be stale.
+    CloseUnseen = "close_unseen", false;
+    /// Threads changed one descriptor faster than it could be followed.
+    Unstable = "unstable", false;
+    /// An entry of an exited process could not be removed.
+    DeleteFailed = "delete_failed", false;
+    /// The start of an open call was not seen: its duration is unknown.
+    OpenUntimed = "open_untimed", true;
+    /// More path bytes than the pinned map holds: `dump-map` misses a path.
+    PathsFull = "paths_full", false;
+    /// A subscriber was too slow: it missed an event, the table did not.
+    SubscriberLagged = "subscriber_lagged", true;
+}
+
+/// How often each thing got lost.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Losses(BTreeMap<Loss, u64>);
+
+impl Losses {
+    /// The count of one cause.
+    #[must_use]
+    pub fn get(&self, loss: Loss) -> u64 {
+        self.0.get(&loss).copied().unwrap_or(0)
+    }
+
+    /// Every cause with its count, zeros included, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Loss::ALL.iter().map(|loss| (loss.name(), self.get(*loss)))
+    }
+
+    /// All losses together.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.0.values().sum()
+    }
+
+    /// Whether nothing was lost that the table would show.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.0
+            .iter()
+            .all(|(loss, count)| *count == 0 || !loss.breaks_table())
+    }
+}
+
+impl FromIterator<(Loss, u64)> for Losses {
+    fn from_iter<T: IntoIterator<Item = (Loss, u64)>>(counts: T) -> Self {
+        Self(counts.into_iter().collect())
+    }
+}
+
+/// Why tracking could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrackerError {
+    /// The host, or this process's rights, do not allow it.
+    #[error("{0}")]
+    Environment(String),
+    /// A prefix is not on an rclone mount.
+    #[error(transparent)]
+    Prefix(#[from] PrefixError),
+    /// Another live process owns the pins.
+    #[error("`{}` is in use by pid {pid}: stop it, or choose another --pin-dir", dir.display())]
+    InUse {
+        /// The folder of the pins.
+        dir: PathBuf,
+        /// The owner.
+        pid: u32,
+    },
+    /// A system call or libbpf failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// How to track.
+#[derive(Debug, Clone)]
+pub struct TrackerOptions {
+    /// Folders on rclone mounts; descriptors below them are tracked.
+    pub prefixes: Vec<PathBuf>,
+    /// Start although a prefix is not mounted yet, and watch for it.
+    pub allow_missing: bool,
+    /// Pin the maps here, on a BPF file system; `None`: no pins, this process only.
+    pub pin_dir: Option<PathBuf>,
+    /// Descriptors tracked at once, at most.
+    pub max_fds: u32,
+    /// Size of the ring buffer, bytes: a power of two, and whole pages.
+    pub ring_bytes: u32,
+}
+
+impl TrackerOptions {
+    /// Tracks below one prefix, without pins, with the defaults of `run`.
+    pub fn new(prefix: impl Into<PathBuf>) -> Self {
+        Self {
+            prefixes: vec![prefix.into()],
+            ..Self::default()
+        }
+    }
+}
+
+impl Default for TrackerOptions {
+    fn default() -> Self {
+        Self {
+            prefixes: Vec::new(),
+            allow_missing: false,
+            pin_dir: None,
+            max_fds: 65_536,
+            ring_bytes: 4 << 20,
+        }
+    }
+}
+
+/// Tracks descriptors from its start until it is dropped.
+///
+/// Needs root, or CAP_BPF and CAP_PERFMON. The table lags the system calls by
+/// the time that an event takes to this process, well under a millisecond;
+/// [`flush`](Self::flush) waits for it.
+///
+/// ```no_run
+/// use std::os::fd::{AsRawFd, OwnedFd};
+/// use vmafx_bypass::{BypassFile, Tracker, TrackerOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let tracker = Tracker::start(TrackerOptions::new("/rclone-mount"))?;
+///
+/// // Some code opens a clip, as it always did …
+/// let file = std::fs::File::open("/rclone-mount/clip.y4m")?;
+///
+/// // … and the worker turns the descriptor into a bypassed one, if it is on the mount.
+/// tracker.flush()?;
+/// if let Some(tracked) = tracker.lookup(std::process::id(), file.as_raw_fd() as u32) {
+///     println!("{:?} has {} bytes", tracked.path, tracked.size);
+///     let clip = BypassFile::from_fd(OwnedFd::from(file))?;
+///     let mut first = [0; 4096];
+///     clip.read_at(&mut first, 0)?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Tracker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Result<(), TrackerError>>>,
+}
+
+/// What the tracking thread and its users share.
+struct Shared {
+    table: RwLock<Table>,
+    watches: RwLock<Vec<Watch>>,
+    subscribers: Mutex<Vec<SyncSender<Update>>>,
+    lagged: AtomicU64,
+    paths_full: AtomicU64,
+    events: AtomicU64,
+    replaced_pins: AtomicBool,
+    kernel: Mutex<Option<abi::Stats>>,
+    commands: Mutex<Sender<Command>>,
+    wake: EventFd,
+}
+
+enum Command {
+    Flush(Sender<()>),
+    Stop,
+}
+
+impl Tracker {
+    /// Loads and attaches the BPF programs, and starts to track.
+    ///
+    /// # Errors
+    /// Where the host or this process's rights do not allow it, a prefix is not
+    /// on an rclone mount, or the pins are another's.
+    pub fn start(options: TrackerOptions) -> Result<Self, TrackerError> {
+        let failed = |e| TrackerError::Failed(format!("eventfd: {e}"));
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_flags(flags).map_err(failed)?;
+        let (commands, inbox) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            table: RwLock::default(),
+            watches: RwLock::default(),
+            subscribers: Mutex::default(),
+            lagged: AtomicU64::new(0),
+            paths_full: AtomicU64::new(0),
+            events: AtomicU64::new(0),
+            replaced_pins: AtomicBool::new(false),
+            kernel: Mutex::default(),
+            commands: Mutex::new(commands),
+            wake,
+        });
+        let (ready, started) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("vmafx-tracker".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || {
+                    let result = session::run(&options, &shared, &inbox, &ready);
+                    // Ends every subscription.
+                    shared.lock_subscribers().clear();
+                    result
+                }
+            })
+            .map_err(|e| TrackerError::Failed(format!("thread: {e}")))?;
+        let mut tracker = Self {
+            shared,
+            thread: Some(thread),
+        };
+        match started.recv() {
+            Ok(()) => Ok(tracker),
+            // It ended before it was ready.
+            Err(_) => match tracker.join() {
+                Err(error) => Err(error),
+                Ok(()) => Err(TrackerError::Failed("the tracker ended at once".into())),
+            },
+        }
+    }
+
+    /// The descriptor `fd` of process `pid`, if it is open below a prefix.
+    #[must_use]
+    pub fn lookup(&self, pid: u32, fd: u32) -> Option<Arc<TrackedFd>> {
+        self.shared.read_table().get(pid, fd)
+    }
+
+    /// Everything that is open below the prefixes, by pid and descriptor.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Arc<TrackedFd>> {
+        self.shared.read_table().entries()
+    }
+
+    /// Every update from now on. A subscriber that lags by 65,536 updates misses
+    /// some, which [`losses`](Self::losses) counts.
+    #[must_use]
+    pub fn subscribe(&self) -> Subscription {
+        let (sender, receiver) = mpsc::sync_channel(SUBSCRIBER_CAPACITY);
+        self.shared.lock_subscribers().push(sender);
+        Subscription(receiver)
+    }
+
+    /// Waits until every event that the kernel had sent is in the table.
+    ///
+    /// # Errors
+    /// Where tracking has ended.
+    pub fn flush(&self) -> Result<(), TrackerError> {
+        let (done, wait) = mpsc::channel();
+        self.shared.send(Command::Flush(done));
+        wait.recv()
+            .map_err(|_| TrackerError::Failed("the tracker has ended".into()))
+    }
+
+    /// What got lost so far.
+    #[must_use]
+    pub fn losses(&self) -> Losses {
+        self.shared.losses()
+    }
+
+    /// Events received so far.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.shared.events.load(Ordering::Relaxed)
+    }
+
+    /// Whether pins of a process that had died were replaced.
+    #[must_use]
+    pub fn replaced_pins(&self) -> bool {
+        self.shared.replaced_pins.load(Ordering::Relaxed)
+    }
+
+    /// The mounts that are watched at the moment.
+    #[must_use]
+    pub fn watches(&self) -> Vec<Watch> {
+        self.shared
+            .watches
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// A handle that ends the tracking from another thread.
+    #[must_use]
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Ends the tracking, detaches and removes the pins.
+    ///
+    /// # Errors
+    /// Where the tracking had failed before, or the pins could not be removed.
+    pub fn stop(mut self) -> Result<(), TrackerError> {
+        self.shared.send(Command::Stop);
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<(), TrackerError> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(TrackerError::Failed("the tracker's thread panicked".into())))
+    }
+}
+
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        self.shared.send(Command::Stop);
+        // `stop` reports what is dropped here.
+        let _ = self.join();
+    }
+}
+
+/// Ends a [`Tracker`]'s tracking, and with it every subscription.
+#[derive(Clone)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Asks for the end and does not wait for it.
+    pub fn stop(&self) {
+        self.0.send(Command::Stop);
+    }
+}
+
+/// What a [`Tracker`] tells its subscribers.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Update {
+    /// Something happened to a descriptor.
+    Fd(Event),
+    /// A prefix came on an rclone mount.
+    Mounted(Watch),
+    /// A prefix's mount went away.
+    Unmounted(Watch),
+}
+
+/// The updates of a [`Tracker`] from the subscription on.
+pub struct Subscription(Receiver<Update>);
+
+impl Subscription {
+    /// Waits for an update; `None` when tracking has ended.
+    #[must_use]
+    pub fn recv(&self) -> Option<Update> {
+        self.0.recv().ok()
+    }
+
+    /// Waits at most so long for an update.
+    ///
+    /// # Errors
+    /// `Timeout`, or `Disconnected` when tracking has ended.
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<Update, RecvTimeoutError> {
+        self.0.recv_timeout(timeout)
+    }
+}
+
+impl Shared {
+    fn send(&self, command: Command) {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where the thread has ended, there is nobody to tell or to wake.
+        if commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_subscribers(&self) -> std::sync::MutexGuard<'_, Vec<SyncSender<Update>>> {
+        self.subscribers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, update: &Update) {
+        self.lock_subscribers()
+            .retain(|subscriber| match subscriber.try_send(update.clone()) {
+                Ok(()) => true,
+                Err(TrySendError::Full(_)) => {
+                    self.lagged.fetch_add(1, Ordering::Relaxed);
+                    true
+                }
+                Err(TrySendError::Disconnected(_)) => false,
+            });
+    }
+
+    fn losses(&self) -> Losses {
+        let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut losses = kernel.as_ref().map(abi::Stats::losses).unwrap_or_default();
+        drop(kernel);
+        losses
+            .0
+            .insert(Loss::PathsFull, self.paths_full.load(Ordering::Relaxed));
+        losses
+            .0
+            .insert(Loss::SubscriberLagged, self.lagged.load(Ordering::Relaxed));
+        losses
+    }
+}

@@ -1,0 +1,338 @@
+//! The ABI shared with the BPF programs: the generated skeleton, and bytes to
+//! values and back. The only user of `plain`.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use plain::Plain;
+
+use super::{Loss, Losses};
+use crate::mounts::Dev;
+
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    missing_docs,
+    unsafe_op_in_unsafe_fn,
+    dead_code
+)]
+mod skeleton {
+    include!(concat!(env!("OUT_DIR"), "/rclone_bypass.skel.rs"));
+}
+
+use skeleton::types::{vb_event, vb_path, vb_path_key, vb_stats};
+pub(super) use skeleton::types::{vb_fd, vb_fd_key, vb_meta};
+pub(super) use skeleton::{OpenRcloneBypassSkel, RcloneBypassSkel, RcloneBypassSkelBuilder};
+
+/// `VB_ABI_VERSION`.
+pub(super) const VERSION: u32 = 1;
+/// `enum vb_event_kind`.
+const EVENT_OPEN: u8 = 1;
+const EVENT_DUP: u8 = 2;
+const EVENT_CLOSE: u8 = 3;
+const EVENT_EXIT: u8 = 4;
+/// `VB_LOSS_MAX`.
+const KERNEL_LOSSES: usize = 9;
+/// `VB_PATH_CHUNK`.
+const PATH_CHUNK: usize = 240;
+
+const _: () = assert!(size_of::<vb_fd_key>() == 8);
+const _: () = assert!(size_of::<vb_fd>() == 64);
+const _: () = assert!(size_of::<vb_event>() == 88);
+const _: () = assert!(size_of::<vb_path_key>() == 24);
+const _: () = assert!(size_of::<vb_path>() == 248);
+const _: () = assert!(size_of::<vb_meta>() == 32);
+const _: () = assert!(size_of::<vb_stats>() == 80);
+const _: () = assert!(size_of::<vb_stats>() == 8 * (KERNEL_LOSSES + 1));
+
+// SAFETY: integers and arrays of them, `repr(C)`, without padding as the size
+// asserts of both sides say: every bit pattern is a value.
+unsafe impl Plain for vb_fd_key {}
+// SAFETY: as above.
+unsafe impl Plain for vb_fd {}
+// SAFETY: as above.
+unsafe impl Plain for vb_event {}
+// SAFETY: as above.
+unsafe impl Plain for vb_path_key {}
+// SAFETY: as above.
+unsafe impl Plain for vb_path {}
+// SAFETY: as above.
+unsafe impl Plain for vb_meta {}
+// SAFETY: as above.
+unsafe impl Plain for vb_stats {}
+
+/// The bytes of an ABI value, as a map's key or value.
+pub(super) fn bytes<T: Plain>(value: &T) -> &[u8] {
+    // SAFETY: `Plain` above is only implemented for types without padding.
+    unsafe { plain::as_bytes(value) }
+}
+
+/// A value from map or ring bytes, which need not be aligned.
+pub(super) fn value<T: Plain + Default>(bytes: &[u8]) -> Option<T> {
+    let mut value = T::default();
+    plain::copy_from_bytes(&mut value, bytes).ok()?;
+    Some(value)
+}
+
+/// What the kernel reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Open,
+    Dup,
+    Close,
+    Exit,
+}
+
+/// A ring buffer record, decoded.
+#[derive(Debug, Clone)]
+pub(super) struct RawEvent {
+    pub(super) kind: Kind,
+    pub(super) ts: u64,
+    pub(super) opened_at: u64,
+    pub(super) ino: u64,
+    pub(super) size: u64,
+    pub(super) open_ns: u64,
+    pub(super) pid: u32,
+    pub(super) tid: u32,
+    pub(super) fd: u32,
+    pub(super) dev: Dev,
+    pub(super) flags: u32,
+    pub(super) comm: OsString,
+    /// Inside the superblock; `None`: it could not be read.
+    pub(super) path: Option<OsString>,
+}
+
+impl RawEvent {
+    /// Decodes a record; `None` where it is none of ours.
+    pub(super) fn decode(record: &[u8]) -> Option<Self> {
+        let event: vb_event = value(record)?;
+        let kind = match event.kind {
+            EVENT_OPEN => Kind::Open,
+            EVENT_DUP => Kind::Dup,
+            EVENT_CLOSE => Kind::Close,
+            EVENT_EXIT => Kind::Exit,
+            _ => return None,
+        };
+        let start = usize::from(event.path_off);
+        let path = match usize::from(event.path_len) {
+            0 => None,
+            length => Some(record.get(start..start + length)?),
+        };
+        Some(Self {
+            kind,
+            ts: event.ts,
+            opened_at: event.opened_at,
+            ino: event.ino,
+            size: event.size,
+            open_ns: event.open_ns,
+            pid: event.pid,
+            tid: event.tid,
+            fd: event.fd,
+            dev: Dev(event.dev),
+            flags: event.flags,
+            comm: comm(&event.comm),
+            path: path.map(|bytes| OsStr::from_bytes(bytes).to_os_string()),
+        })
+    }
+}
+
+/// A thread's name: up to 15 bytes, ended by a NUL.
+pub(super) fn comm(raw: &[i8]) -> OsString {
+    let bytes = raw.iter().map(|&b| b as u8).take_while(|&b| b != 0);
+    OsString::from_vec(bytes.collect())
+}
+
+/// The kernel's counters.
+pub(super) struct Stats(MapHandle);
+
+impl Stats {
+    pub(super) fn new(map: MapHandle) -> Self {
+        Self(map)
+    }
+
+    /// Every cause that the kernel counts; zeros where the map cannot be read.
+    pub(super) fn losses(&self) -> Losses {
+        let key = 0u32.to_ne_bytes();
+        let stats: vb_stats = self
+            .0
+            .lookup(&key, MapFlags::ANY)
+            .ok()
+            .flatten()
+            .and_then(|bytes| value(&bytes))
+            .unwrap_or_default();
+        Loss::ALL.iter().copied().zip(stats.losses).collect()
+    }
+}
+
+/// The path of one open descriptor, in the pinned map.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum StoredPath {
+    /// Absolute.
+    Known(OsString),
+    /// Not below a watched prefix.
+    Outside,
+}
+
+fn path_key(pid: u32, fd: u32, opened_at: u64, chunk: u32) -> vb_path_key {
+    vb_path_key {
+        opened_at,
+        pid,
+        fd,
+        chunk,
+        pad: 0,
+    }
+}
+
+/// Stores a path in chunks; `None`: the descriptor is outside every prefix.
+/// False where the map has no room, and then nothing is stored.
+pub(super) fn store_path(
+    map: &impl MapCore,
+    (pid, fd, opened_at): (u32, u32, u64),
+    path: Option<&Path>,
+) -> bool {
+    let text = path.map_or(&[][..], |p| p.as_os_str().as_bytes());
+    let Ok(total) = u16::try_from(text.len()) else {
+        return false;
+    };
+    let empty: &[u8] = &[];
+    let chunks = text
+        .chunks(PATH_CHUNK)
+        .chain(text.is_empty().then_some(empty));
+    for (index, chunk) in (0u32..).zip(chunks) {
+        let mut element = vb_path {
+            total,
+            outside: u8::from(path.is_none()),
+            pad: [0; 5],
+            bytes: [0; PATH_CHUNK],
+        };
+        element.bytes[..chunk.len()].copy_from_slice(chunk);
+        let key = path_key(pid, fd, opened_at, index);
+        if map
+            .update(bytes(&key), bytes(&element), MapFlags::ANY)
+            .is_err()
+        {
+            delete_path(map, (pid, fd, opened_at));
+            return false;
+        }
+    }
+    true
+}
+
+/// Removes a path's chunks.
+pub(super) fn delete_path(map: &impl MapCore, (pid, fd, opened_at): (u32, u32, u64)) {
+    // The longest path: its mount point's and its own 4,095 bytes.
+    for chunk in 0..=(2 * 4096 / PATH_CHUNK) as u32 {
+        let key = path_key(pid, fd, opened_at, chunk);
+        if map.delete(bytes(&key)).is_err() {
+            break;
+        }
+    }
+}
+
+/// Reads a stored path; `None` where there is none, or not all of it.
+pub(super) fn load_path(
+    map: &impl MapCore,
+    (pid, fd, opened_at): (u32, u32, u64),
+) -> Option<StoredPath> {
+    let mut text = Vec::new();
+    for chunk in 0.. {
+        let key = path_key(pid, fd, opened_at, chunk);
+        let element: vb_path = value(&map.lookup(bytes(&key), MapFlags::ANY).ok()??)?;
+        if element.outside != 0 {
+            return Some(StoredPath::Outside);
+        }
+        let total = usize::from(element.total);
+        let left = total.checked_sub(text.len())?;
+        text.extend_from_slice(&element.bytes[..left.min(PATH_CHUNK)]);
+        if text.len() == total {
+            break;
+        }
+    }
+    Some(StoredPath::Known(OsString::from_vec(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn constants_are_the_header_s() {
+        let header = include_str!("../bpf/rclone_bypass.h");
+        for (name, expected) in [
+            ("VB_ABI_VERSION", VERSION as usize),
+            ("VB_PATH_CHUNK", PATH_CHUNK),
+            ("VB_COMM_LEN", vb_event::default().comm.len()),
+        ] {
+            let line = format!("#define {name} {expected}\n");
+            assert!(header.contains(&line), "{line}");
+        }
+        for (name, expected) in [
+            ("VB_EVENT_OPEN", EVENT_OPEN),
+            ("VB_EVENT_DUP", EVENT_DUP),
+            ("VB_EVENT_CLOSE", EVENT_CLOSE),
+            ("VB_EVENT_EXIT", EVENT_EXIT),
+        ] {
+            assert!(header.contains(&format!("{name} = {expected},")), "{name}");
+        }
+    }
+
+    #[test]
+    fn losses_are_the_header_s_in_its_order() {
+        let header = include_str!("../bpf/rclone_bypass.h");
+        let start = header.find("enum vb_loss {").unwrap();
+        let body = &header[start..start + header[start..].find("};").unwrap()];
+        let names: Vec<String> = body
+            .lines()
+            .filter_map(|line| {
+                let name = line.trim().strip_prefix("VB_LOSS_")?;
+                let end = name.find([' ', ','])?;
+                Some(name[..end].to_lowercase())
+            })
+            .filter(|name| name != "max")
+            .collect();
+        let ours: Vec<&str> = Loss::ALL
+            .iter()
+            .take(KERNEL_LOSSES)
+            .map(|l| l.name())
+            .collect();
+        assert_eq!(names, ours);
+    }
+
+    #[test]
+    fn a_record_decodes_with_and_without_a_path() {
+        let mut event = vb_event {
+            kind: EVENT_DUP,
+            pid: 7,
+            path_off: 91,
+            path_len: 3,
+            ..Default::default()
+        };
+        event.comm[0] = b'x' as i8;
+        let mut record = bytes(&event).to_vec();
+        record.extend_from_slice(b"...a\nb..");
+        let raw = RawEvent::decode(&record).unwrap();
+        assert_eq!((raw.kind, raw.pid), (Kind::Dup, 7));
+        assert_eq!(raw.path.unwrap(), "a\nb");
+        assert_eq!(raw.comm, "x");
+        event.path_len = 0;
+        assert_eq!(RawEvent::decode(bytes(&event)).unwrap().path, None);
+        event.kind = 99;
+        assert!(RawEvent::decode(bytes(&event)).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_record_decodes_or_not(record: Vec<u8>, kind in 0u8..6, off: u16, len: u16) {
+            let _ = RawEvent::decode(&record);
+            let event = vb_event { kind, path_off: off, path_len: len, ..Default::default() };
+            let mut long = bytes(&event).to_vec();
+            long.extend_from_slice(&record);
+            let _ = RawEvent::decode(&long);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! What tracking needs of the host, checked before anything is loaded so that
+//! the message can say what is missing.
+
+use std::ffi::CStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{FsType, statfs};
+
+use super::TrackerError;
+
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+const TRACEFS: &str = "/sys/kernel/tracing";
+/// Where tracefs appears by itself on hosts with debugfs.
+const TRACEFS_IN_DEBUGFS: &str = "/sys/kernel/debug/tracing";
+const BPFFS: &str = "/sys/fs/bpf";
+/// linux/magic.h: BPF_FS_MAGIC.
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+/// linux/capability.h.
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
+const CAP_BPF: u32 = 39;
+
+fn missing<T>(message: impl Into<String>) -> Result<T, TrackerError> {
+    Err(TrackerError::Environment(message.into()))
+}
+
+/// Checks rights, BTF and tracefs, which is mounted where it is missing.
+pub(super) fn check() -> Result<(), TrackerError> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if !may_trace(effective_capabilities(&status)) {
+        return missing(
+            "not permitted to load BPF programs: run as root, or with CAP_BPF and CAP_PERFMON",
+        );
+    }
+    if !Path::new(BTF).exists() {
+        return missing(format!(
+            "`{BTF}` is missing: the kernel needs CONFIG_DEBUG_INFO_BTF (linux 5.15 or newer)"
+        ));
+    }
+    tracing_folder().map(drop)
+}
+
+fn effective_capabilities(status: &str) -> u64 {
+    status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+fn may_trace(capabilities: u64) -> bool {
+    let has = |capability: u32| capabilities & (1 << capability) != 0;
+    has(CAP_SYS_ADMIN) || (has(CAP_BPF) && has(CAP_PERFMON))
+}
+
+/// The folder of tracefs, mounted if need be.
+fn tracing_folder() -> Result<PathBuf, TrackerError> {
+    let has_events = |folder: &str| Path::new(folder).join("events/syscalls").is_dir();
+    for folder in [TRACEFS, TRACEFS_IN_DEBUGFS] {
+        if has_events(folder) {
+            return Ok(folder.into());
+        }
+    }
+    let mounted = mount_at(c"tracefs", TRACEFS);
+    if has_events(TRACEFS) {
+        return Ok(TRACEFS.into());
+    }
+    match mounted {
+        Err(error) => missing(format!(
+            "tracefs is not mounted at `{TRACEFS}` and could not be: {error}; as root run \
+             `mount -t tracefs tracefs {TRACEFS}`"
+        )),
+        Ok(()) => missing(format!(
+            "`{TRACEFS}/events/syscalls` is missing: the kernel needs CONFIG_FTRACE_SYSCALLS"
+        )),
+    }
+}
+
+fn mount_at(fstype: &CStr, folder: &str) -> nix::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some(fstype), folder, Some(fstype), flags, None::<&CStr>)
+}
+
+/// Whether the kernel has the tracepoint of a system call's entry.
+pub(super) fn has_syscall(name: &str) -> bool {
+    [TRACEFS, TRACEFS_IN_DEBUGFS].iter().any(|folder| {
+        Path::new(folder)
+            .join(format!("events/syscalls/sys_enter_{name}"))
+            .is_dir()
+    })
+}
+
+/// The folder that pins go to, as an absolute path on a BPF file system, which
+/// is mounted at its usual place where it is missing.
+pub(super) fn pin_folder(dir: &Path) -> Result<PathBuf, TrackerError> {
+    let dir = std::path::absolute(dir)
+        .map_err(|e| TrackerError::Failed(format!("`{}`: {e}", dir.display())))?;
+    if on_bpffs(&dir) {
+        return Ok(dir);
+    }
+    if dir.starts_with(BPFFS) {
+        if let Err(error) = mount_at(c"bpf", BPFFS) {
+            return missing(format!(
+                "no BPF file system is mounted at `{BPFFS}` and none could be: {error}; as root \
+                 run `mount -t bpf bpf {BPFFS}`"
+            ));
+        }
+        if on_bpffs(&dir) {
+            return Ok(dir);
+        }
+    }
+    missing(format!(
+        "`{}` is not on a BPF file system: choose a --pin-dir below `{BPFFS}`",
+        dir.display()
+    ))
+}
+
+/// Whether the nearest folder above a path that exists is on a BPF file system.
+fn on_bpffs(dir: &Path) -> bool {
+    dir.ancestors()
+        .find(|folder| folder.exists())
+        .and_then(|folder| statfs(folder).ok())
+        .is_some_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_decide() {
+        let status = "Name:\tx\nCapEff:\t000000c000000000\nCapBnd:\tffff\n";
+        assert!(may_trace(effective_capabilities(status)));
+        assert!(may_trace(1 << CAP_SYS_ADMIN));
+        assert!(!may_trace(1 << CAP_BPF));
+        assert!(!may_trace(1 << CAP_PERFMON));
+        assert!(!may_trace(effective_capabilities("")));
+    }
+}

@@ -1,0 +1,335 @@
+//! The pinned maps: written by the one that tracks, read by `dump-map`.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::fcntl::{Flock, FlockArg};
+
+use super::abi::{self, RcloneBypassSkel, StoredPath, vb_fd, vb_fd_key, vb_meta};
+use super::{Losses, TrackerError, host};
+use crate::mounts::Dev;
+use crate::sys::{BootClock, boot_ns, start_time};
+
+const META: &str = "meta";
+const STATS: &str = "stats";
+const FDS: &str = "fds";
+const PATHS: &str = "paths";
+const NAMES: [&str; 4] = [META, STATS, FDS, PATHS];
+
+/// Elements that one bpf(2) call reads.
+const BATCH: u32 = 4_096;
+/// A path reaches the map shortly after its descriptor: how often, and after
+/// which time, a missing one is looked for again.
+const PATH_TRIES: u32 = 4;
+const PATH_WAIT: Duration = Duration::from_millis(20);
+
+fn failed(dir: &Path, error: impl std::fmt::Display) -> TrackerError {
+    TrackerError::Failed(format!("`{}`: {error}", dir.display()))
+}
+
+/// The folder of the pins, owned until it is dropped.
+pub(super) struct Pins {
+    dir: PathBuf,
+    /// Held by the kernel until this process ends, however it does.
+    _lock: Flock<File>,
+    /// Whether a process that died had left its pins here.
+    pub(super) replaced: bool,
+}
+
+impl Pins {
+    /// Makes the folder and takes it, replacing the pins of a dead owner.
+    pub(super) fn claim(dir: &Path) -> Result<Self, TrackerError> {
+        let dir = host::pin_folder(dir)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+        made.map_err(|e| failed(&dir, e))?;
+        let folder = File::open(&dir).map_err(|e| failed(&dir, e))?;
+        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            match read_meta(&dir) {
+                Ok(meta) => TrackerError::InUse {
+                    pid: meta.pid,
+                    dir: dir.clone(),
+                },
+                Err(_) => failed(&dir, format_args!("another process starts here: {errno}")),
+            }
+        })?;
+        let mut pins = Self {
+            dir,
+            _lock: lock,
+            replaced: false,
+        };
+        pins.replaced = pins.remove_maps()?;
+        Ok(pins)
+    }
+
+    /// Pins the maps and says whose they are.
+    pub(super) fn publish(&self, skeleton: &mut RcloneBypassSkel<'_>) -> Result<(), TrackerError> {
+        let own = std::process::id();
+        let meta = vb_meta {
+            since: boot_ns(),
+            start_time: start_time(own).unwrap_or(0),
+            loss_paths: 0,
+            version: abi::VERSION,
+            pid: own,
+        };
+        let maps = &mut skeleton.maps;
+        write_meta(&maps.meta, &meta).map_err(|e| failed(&self.dir, e))?;
+        // META last: who finds it finds the others.
+        for (map, name) in [
+            (&mut maps.stats, STATS),
+            (&mut maps.fds, FDS),
+            (&mut maps.paths, PATHS),
+            (&mut maps.meta, META),
+        ] {
+            let path = self.dir.join(name);
+            map.pin(&path).map_err(|e| failed(&path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the pins and their folder, as dropping does, and tells of errors.
+    pub(super) fn remove(self) -> Result<(), TrackerError> {
+        self.remove_maps()?;
+        fs::remove_dir(&self.dir).map_err(|e| failed(&self.dir, e))
+    }
+
+    /// Removes the maps; whether there were any.
+    fn remove_maps(&self) -> Result<bool, TrackerError> {
+        let mut removed = false;
+        for name in NAMES {
+            let path = self.dir.join(name);
+            match fs::remove_file(&path) {
+                Ok(()) => removed = true,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(failed(&path, e)),
+            }
+        }
+        Ok(removed)
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // Nothing is left after `remove`, which tells; elsewhere an error that
+        // matters more is on its way to the user.
+        let _ = self.remove_maps();
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+const META_KEY: [u8; 4] = 0u32.to_ne_bytes();
+
+fn write_meta(map: &impl MapCore, meta: &vb_meta) -> libbpf_rs::Result<()> {
+    map.update(&META_KEY, abi::bytes(meta), MapFlags::ANY)
+}
+
+/// Records how many paths found no room, for `dump-map`.
+pub(super) fn set_loss_paths(map: &impl MapCore, count: u64) {
+    let current = map.lookup(&META_KEY, MapFlags::ANY).ok().flatten();
+    if let Some(mut meta) = current.and_then(|bytes| abi::value::<vb_meta>(&bytes)) {
+        meta.loss_paths = count;
+        // Display only: the owner's own summary has the count in any case.
+        let _ = write_meta(map, &meta);
+    }
+}
+
+fn open_map(dir: &Path, name: &str) -> Result<MapHandle, DumpError> {
+    let path = dir.join(name);
+    match fs::metadata(&path) {
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(DumpError::NotRunning(dir.to_path_buf()));
+        }
+        Err(error) => return Err(DumpError::Unreadable { path, error }),
+    }
+    MapHandle::from_pinned_path(&path).map_err(|e| {
+        let error = match e.kind() {
+            libbpf_rs::ErrorKind::PermissionDenied => {
+                io::Error::from(io::ErrorKind::PermissionDenied)
+            }
+            _ => io::Error::other(e.to_string()),
+        };
+        DumpError::Unreadable { path, error }
+    })
+}
+
+fn read_meta(dir: &Path) -> Result<vb_meta, DumpError> {
+    let map = open_map(dir, META)?;
+    map.lookup(&META_KEY, MapFlags::ANY)
+        .ok()
+        .flatten()
+        .and_then(|bytes| abi::value(&bytes))
+        .ok_or_else(|| DumpError::Foreign(dir.to_path_buf()))
+}
+
+/// Why the maps cannot be shown.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DumpError {
+    /// There are none.
+    #[error("no map is pinned at `{}`: start `vmafx-bypass run --prefix DIR` first", .0.display())]
+    NotRunning(PathBuf),
+    /// They may not be opened.
+    #[error("`{}`: {error}: run as the user who started `run`, or as root", path.display())]
+    Unreadable {
+        /// The pin.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// They are of another version, or of another program.
+    #[error("the maps at `{}` are of another version of vmafx-bypass: use the same for both", .0.display())]
+    Foreign(PathBuf),
+}
+
+/// Who owns the pinned maps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// Its pid.
+    pub pid: u32,
+    /// Whether it still runs; if not, the maps have been frozen since it died.
+    pub alive: bool,
+    /// Since when it tracks.
+    pub since: SystemTime,
+}
+
+/// An entry of the pinned map.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DumpEntry {
+    /// The process.
+    pub pid: u32,
+    /// The descriptor's number in it.
+    pub fd: u32,
+    /// The thread's name when it made the descriptor.
+    pub comm: OsString,
+    /// Absolute, through the watched prefix; `None` where it got lost.
+    pub path: Option<PathBuf>,
+    /// The superblock.
+    pub dev: Dev,
+    /// FUSE's inode number.
+    pub ino: u64,
+    /// The open flags.
+    pub flags: u32,
+    /// When it was made.
+    pub opened_at: SystemTime,
+    /// The file's size at its open, bytes.
+    pub size: u64,
+}
+
+/// What the pinned maps hold.
+#[derive(Debug, Clone)]
+pub struct Dump {
+    /// Who owns them.
+    pub owner: Owner,
+    /// What got lost.
+    pub losses: Losses,
+    /// What is tracked, by pid and descriptor.
+    pub entries: Vec<DumpEntry>,
+}
+
+impl Dump {
+    /// Whether the entries are all that there is: the owner runs and lost nothing.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.owner.alive && self.losses.complete()
+    }
+}
+
+/// Reads the pinned maps, while their owner goes on writing them.
+///
+/// # Errors
+/// Where there are none, they may not be opened, or are of another version.
+pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
+    let meta = read_meta(pin_dir)?;
+    if meta.version != abi::VERSION {
+        return Err(DumpError::Foreign(pin_dir.to_path_buf()));
+    }
+    let clock = BootClock::now();
+    let owner = Owner {
+        pid: meta.pid,
+        alive: start_time(meta.pid) == Some(meta.start_time),
+        since: clock.at(meta.since),
+    };
+    let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
+    losses.0.insert(super::Loss::PathsFull, meta.loss_paths);
+    let fds = open_map(pin_dir, FDS)?;
+    let paths = open_map(pin_dir, PATHS)?;
+    let mut entries = Vec::new();
+    for (key, value) in read_fds(&fds).map_err(|error| DumpError::Unreadable {
+        path: pin_dir.join(FDS),
+        error,
+    })? {
+        let path = match wait_for_path(&fds, &paths, key, &value, owner.alive) {
+            Found::Path(path) => Some(path),
+            Found::Lost => None,
+            Found::Outside | Found::Closed => continue,
+        };
+        entries.push(DumpEntry {
+            pid: key.pid,
+            fd: key.fd,
+            comm: abi::comm(&value.comm),
+            path,
+            dev: Dev(value.dev),
+            ino: value.ino,
+            flags: value.flags,
+            opened_at: clock.at(value.opened_at),
+            size: value.size,
+        });
+    }
+    entries.sort_by_key(|e| (e.pid, e.fd));
+    Ok(Dump {
+        owner,
+        losses,
+        entries,
+    })
+}
+
+fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {
+    let batch = BATCH.min(map.max_entries());
+    let elements = map
+        .lookup_batch(batch, MapFlags::ANY, MapFlags::ANY)
+        .map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(elements
+        .filter_map(|(key, value)| Some((abi::value(&key)?, abi::value(&value)?)))
+        .collect())
+}
+
+enum Found {
+    Path(PathBuf),
+    Outside,
+    Closed,
+    Lost,
+}
+
+fn wait_for_path(
+    fds: &MapHandle,
+    paths: &MapHandle,
+    key: vb_fd_key,
+    value: &vb_fd,
+    alive: bool,
+) -> Found {
+    let id = (key.pid, key.fd, value.opened_at);
+    for _ in 0..PATH_TRIES {
+        match abi::load_path(paths, id) {
+            Some(StoredPath::Known(path)) if !path.is_empty() => return Found::Path(path.into()),
+            // Its path got lost on the way, which the losses tell.
+            Some(StoredPath::Known(_)) => return Found::Lost,
+            Some(StoredPath::Outside) => return Found::Outside,
+            None => {}
+        }
+        let current = fds.lookup(abi::bytes(&key), MapFlags::ANY).ok().flatten();
+        let current = current.and_then(|bytes| abi::value::<vb_fd>(&bytes));
+        if current.is_none_or(|now| now.opened_at != value.opened_at) {
+            return Found::Closed;
+        }
+        if !alive {
+            break;
+        }
+        std::thread::sleep(PATH_WAIT);
+    }
+    Found::Lost
+}

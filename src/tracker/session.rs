@@ -1,0 +1,363 @@
+//! The tracking thread: loads, attaches, and turns events into the table.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, PoisonError};
+
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBufferBuilder};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::abi::{self, Kind, OpenRcloneBypassSkel, RawEvent, RcloneBypassSkelBuilder};
+use super::pinned::{self, Pins};
+use super::table::{EventKind, Id, Report, TrackedFd};
+use super::watch::{self, Prefix, PrefixError, Watch};
+use super::{Command, Shared, TrackerError, TrackerOptions, Update, host};
+use crate::mounts::MountTable;
+use crate::sys::BootClock;
+
+/// Records taken from the ring before commands are looked at again.
+const RECORDS_AT_ONCE: usize = 4_096;
+
+const RING: u64 = 0;
+const MOUNTS: u64 = 1;
+const WAKE: u64 = 2;
+
+fn failed(what: &str, error: impl std::fmt::Display) -> TrackerError {
+    TrackerError::Failed(format!("{what}: {error}"))
+}
+
+/// Tracks until it is told to stop. Sends to `ready` once it does.
+pub(super) fn run(
+    options: &TrackerOptions,
+    shared: &Arc<Shared>,
+    commands: &Receiver<Command>,
+    ready: &SyncSender<()>,
+) -> Result<(), TrackerError> {
+    check_options(options)?;
+    host::check()?;
+    let mountinfo = File::open("/proc/self/mountinfo").map_err(|e| failed("mountinfo", e))?;
+    let mut prefixes = Vec::new();
+    for given in &options.prefixes {
+        prefixes.push(Prefix::new(given).map_err(|e| failed("prefix", e))?);
+    }
+    let watches = find_watches(&mut prefixes, options.allow_missing)?;
+    let pins = options.pin_dir.as_deref().map(Pins::claim).transpose()?;
+
+    // The caller prints, not libbpf.
+    libbpf_rs::set_print(None);
+    let mut storage = MaybeUninit::uninit();
+    let mut open = RcloneBypassSkelBuilder::default()
+        .open(&mut storage)
+        .map_err(|e| failed("opening the BPF object", e))?;
+    configure(&mut open, options).map_err(|e| failed("configuring the BPF maps", e))?;
+    let mut skeleton = open.load().map_err(load_error)?;
+
+    let handle =
+        |map: &libbpf_rs::MapMut<'_>| MapHandle::try_from(map).map_err(|e| failed("BPF map", e));
+    let watched = handle(&skeleton.maps.watched)?;
+    let meta = handle(&skeleton.maps.meta)?;
+    let ring_map = handle(&skeleton.maps.events)?;
+    let paths = match &pins {
+        Some(_) => Some(handle(&skeleton.maps.paths)?),
+        None => None,
+    };
+    *shared.kernel.lock().unwrap_or_else(PoisonError::into_inner) =
+        Some(abi::Stats::new(handle(&skeleton.maps.stats)?));
+
+    let records = RefCell::new(Vec::new());
+    let mut builder = RingBufferBuilder::new();
+    builder
+        .add(&ring_map, |record| {
+            records.borrow_mut().extend(RawEvent::decode(record));
+            0
+        })
+        .map_err(|e| failed("ring buffer", e))?;
+    let ring = builder.build().map_err(|e| failed("ring buffer", e))?;
+
+    let mut state = State {
+        shared,
+        watched,
+        meta,
+        paths,
+        watches: Vec::new(),
+    };
+    state.watch(watches)?;
+    skeleton.attach().map_err(|e| {
+        TrackerError::Environment(format!(
+            "attaching to tracepoints failed: {e}; root or CAP_PERFMON, and tracefs, are needed"
+        ))
+    })?;
+    if let Some(pins) = &pins {
+        pins.publish(&mut skeleton)?;
+        if pins.replaced {
+            shared
+                .replaced_pins
+                .store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    let result = (|| {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed("epoll", e))?;
+        let add = |fd: std::os::fd::BorrowedFd<'_>, flags, data| {
+            epoll
+                .add(fd, EpollEvent::new(flags, data))
+                .map_err(|e| failed("epoll", e))
+        };
+        add(ring_map.as_fd(), EpollFlags::EPOLLIN, RING)?;
+        // Readable with priority after every change (proc_pid_mountinfo(5)).
+        add(mountinfo.as_fd(), EpollFlags::EPOLLPRI, MOUNTS)?;
+        add(shared.wake.as_fd(), EpollFlags::EPOLLIN, WAKE)?;
+        // The one who waits may have given up.
+        let _ = ready.send(());
+
+        let mut events = [EpollEvent::empty(); 3];
+        loop {
+            let count = match epoll.wait(&mut events, EpollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                result => result.map_err(|e| failed("epoll", e))?,
+            };
+            if events[..count].iter().any(|e| e.data() == MOUNTS) {
+                let watches = find_watches(&mut prefixes, true).unwrap_or_default();
+                state.watch(watches)?;
+            }
+            if events[..count].iter().any(|e| e.data() == WAKE) {
+                // Which commands there are, the channel tells.
+                let _ = shared.wake.read();
+            }
+            let pending: Vec<Command> = commands.try_iter().collect();
+            loop {
+                let taken = ring.consume_raw_n(RECORDS_AT_ONCE);
+                state.apply(records.take());
+                if taken < RECORDS_AT_ONCE as i32 {
+                    break;
+                }
+            }
+            for command in pending {
+                match command {
+                    Command::Stop => return Ok(()),
+                    // The one who asked may have given up.
+                    Command::Flush(done) => drop(done.send(())),
+                }
+            }
+        }
+    })();
+    let removed = pins.map_or(Ok(()), Pins::remove);
+    result.and(removed)
+}
+
+fn check_options(options: &TrackerOptions) -> Result<(), TrackerError> {
+    if options.prefixes.is_empty() {
+        return Err(TrackerError::Failed("no prefix to watch".into()));
+    }
+    if options.max_fds == 0 || options.max_fds > 1 << 22 {
+        return Err(TrackerError::Failed(
+            "the number of tracked descriptors must be 1 to 4194304".into(),
+        ));
+    }
+    if !options.ring_bytes.is_power_of_two() || options.ring_bytes < 4096 {
+        return Err(TrackerError::Failed(
+            "the ring buffer's size must be a power of two of at least 4096".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn configure(
+    open: &mut OpenRcloneBypassSkel<'_>,
+    options: &TrackerOptions,
+) -> libbpf_rs::Result<()> {
+    let scratches = 2 * libbpf_rs::num_possible_cpus()? as u32;
+    let maps = &mut open.maps;
+    maps.fds.set_max_entries(options.max_fds)?;
+    maps.procs.set_max_entries(options.max_fds)?;
+    maps.events.set_max_entries(options.ring_bytes)?;
+    maps.scratches.set_max_entries(scratches)?;
+    // Most paths take one chunk or two.
+    let chunks = options.pin_dir.as_ref().map_or(1, |_| 2 * options.max_fds);
+    maps.paths.set_max_entries(chunks)?;
+    if let Some(rodata) = maps.rodata_data.as_deref_mut() {
+        rodata.scratch_count = scratches;
+    }
+    let programs = &mut open.progs;
+    for (program, call) in [
+        (&mut programs.tp_enter_open, "open"),
+        (&mut programs.tp_exit_open, "open"),
+        (&mut programs.tp_enter_creat, "creat"),
+        (&mut programs.tp_exit_creat, "creat"),
+        (&mut programs.tp_exit_dup2, "dup2"),
+    ] {
+        program.set_autoload(host::has_syscall(call));
+    }
+    Ok(())
+}
+
+fn load_error(error: libbpf_rs::Error) -> TrackerError {
+    match error.kind() {
+        libbpf_rs::ErrorKind::PermissionDenied => TrackerError::Environment(format!(
+            "the kernel refuses to load BPF programs: {error}; run as root, or with CAP_BPF and \
+             CAP_PERFMON, and outside of lockdown"
+        )),
+        _ => TrackerError::Environment(format!(
+            "loading the BPF programs failed: {error}; linux 5.15 or newer with BTF is needed"
+        )),
+    }
+}
+
+/// The prefixes that are on an rclone mount; unless some may be missing, an
+/// error for the first that is not.
+fn find_watches(prefixes: &mut [Prefix], allow_missing: bool) -> Result<Vec<Watch>, TrackerError> {
+    let table = MountTable::read().map_err(|e| failed("mountinfo", e))?;
+    let mut watches = Vec::new();
+    for prefix in prefixes {
+        match prefix.find(&table) {
+            Ok(watch) => watches.push(watch),
+            Err(error @ PrefixError::NotFolder(_)) => return Err(error.into()),
+            Err(error) if !allow_missing => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+    Ok(watches)
+}
+
+struct State<'a> {
+    shared: &'a Shared,
+    watched: MapHandle,
+    meta: MapHandle,
+    /// Where pinned paths go; `None` without pins.
+    paths: Option<MapHandle>,
+    watches: Vec<Watch>,
+}
+
+impl State<'_> {
+    /// Watches these mounts, and no others.
+    fn watch(&mut self, watches: Vec<Watch>) -> Result<(), TrackerError> {
+        let watched = |list: &[Watch], watch: &Watch| {
+            list.iter().any(|other| other.mount.dev == watch.mount.dev)
+        };
+        for gone in self.watches.iter().filter(|w| !watched(&watches, w)) {
+            // Two prefixes may be on one mount: the second finds it removed.
+            let _ = self.watched.delete(&gone.mount.dev.0.to_ne_bytes());
+        }
+        for watch in &watches {
+            let one = 1u32.to_ne_bytes();
+            self.watched
+                .update(&watch.mount.dev.0.to_ne_bytes(), &one, MapFlags::ANY)
+                .map_err(|e| failed("watching a mount", e))?;
+        }
+        let before = std::mem::replace(&mut self.watches, watches.clone());
+        let shown = &self.shared.watches;
+        shown
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&watches);
+        for gone in before.iter().filter(|w| !watches.contains(w)) {
+            self.shared.publish(&Update::Unmounted(gone.clone()));
+        }
+        for new in watches.iter().filter(|w| !before.contains(w)) {
+            self.shared.publish(&Update::Mounted(new.clone()));
+        }
+        Ok(())
+    }
+
+    fn apply(&self, records: Vec<RawEvent>) {
+        if records.is_empty() {
+            return;
+        }
+        let counter = &self.shared.events;
+        counter.fetch_add(records.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        let clock = BootClock::now();
+        for record in records {
+            let report = self.report(record, clock);
+            let changes = self
+                .shared
+                .table
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .apply(report);
+            for change in changes {
+                let made = change.event.kind != EventKind::Close;
+                self.store_path(change.id, made.then_some((change.within, &change.event.fd)));
+                if change.within {
+                    self.shared.publish(&Update::Fd(change.event));
+                }
+            }
+        }
+    }
+
+    fn report(&self, raw: RawEvent, clock: BootClock) -> Report {
+        let id = Id {
+            pid: raw.pid,
+            fd: raw.fd,
+            opened_at: raw.opened_at,
+        };
+        let at = clock.at(raw.ts);
+        let kind = match raw.kind {
+            Kind::Close => {
+                return Report::Closed {
+                    id,
+                    tid: raw.tid,
+                    at,
+                };
+            }
+            Kind::Exit => {
+                return Report::Exited {
+                    pid: raw.pid,
+                    tid: raw.tid,
+                    ts: raw.ts,
+                    at,
+                };
+            }
+            Kind::Open => EventKind::Open,
+            Kind::Dup => EventKind::Dup,
+        };
+        let inside = raw.path.map(PathBuf::from);
+        let path = inside
+            .as_deref()
+            .and_then(|inside| watch::show(&self.watches, raw.dev, inside));
+        Report::Made {
+            kind,
+            tid: raw.tid,
+            id,
+            // What has lost its path may be below a prefix, and is shown.
+            within: path.is_some() || inside.is_none(),
+            fd: TrackedFd {
+                pid: raw.pid,
+                fd: raw.fd,
+                comm: raw.comm,
+                path,
+                dev: raw.dev,
+                ino: raw.ino,
+                flags: raw.flags,
+                size: raw.size,
+                opened_at: at,
+                open_ns: (raw.open_ns > 0).then_some(raw.open_ns),
+            },
+        }
+    }
+
+    /// Keeps the pinned paths as the table is: stores a new descriptor's, or
+    /// removes one's that is gone.
+    fn store_path(&self, id: Id, made: Option<(bool, &Arc<TrackedFd>)>) {
+        let Some(paths) = &self.paths else {
+            return;
+        };
+        let key = (id.pid, id.fd, id.opened_at);
+        let Some((within, fd)) = made else {
+            abi::delete_path(paths, key);
+            return;
+        };
+        let lost = std::path::Path::new("");
+        let path = within.then(|| fd.path.as_deref().unwrap_or(lost));
+        if !abi::store_path(paths, key, path) {
+            let counter = &self.shared.paths_full;
+            let before = counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            pinned::set_loss_paths(&self.meta, before + 1);
+        }
+    }
+}

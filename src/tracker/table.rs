@@ -1,0 +1,328 @@
+//! The table of tracked descriptors, pure: events in, changes out.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::mounts::Dev;
+
+/// An open descriptor below a watched prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrackedFd {
+    /// The process.
+    pub pid: u32,
+    /// The descriptor's number in it.
+    pub fd: u32,
+    /// The thread's name when it made the descriptor.
+    pub comm: OsString,
+    /// Absolute, through the watched prefix; `None` where it got lost.
+    pub path: Option<PathBuf>,
+    /// The superblock.
+    pub dev: Dev,
+    /// FUSE's inode number.
+    pub ino: u64,
+    /// The open flags: `O_RDONLY` and so on.
+    pub flags: u32,
+    /// The file's size at its open, bytes.
+    pub size: u64,
+    /// When it was made.
+    pub opened_at: SystemTime,
+    /// Time spent in the open call, nanoseconds; `None`: a dup, or not seen.
+    pub open_ns: Option<u64>,
+}
+
+/// What happened to a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventKind {
+    /// An open call made it.
+    Open,
+    /// A dup call made it.
+    Dup,
+    /// It was closed or replaced, or its process has exited.
+    Close,
+}
+
+impl EventKind {
+    /// The contract's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Dup => "dup",
+            Self::Close => "close",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// What.
+    pub kind: EventKind,
+    /// When.
+    pub at: SystemTime,
+    /// The thread whose call it was.
+    pub tid: u32,
+    /// To which descriptor.
+    pub fd: Arc<TrackedFd>,
+}
+
+/// What an event of the kernel says, with the path already made absolute.
+#[derive(Debug, Clone)]
+pub(super) enum Report {
+    /// A descriptor is there.
+    Made {
+        kind: EventKind,
+        tid: u32,
+        id: Id,
+        fd: TrackedFd,
+        /// Whether it is below a watched prefix.
+        within: bool,
+    },
+    /// The descriptor that was made at this time is gone.
+    Closed { id: Id, tid: u32, at: SystemTime },
+    /// A process is gone, and every descriptor it had by then.
+    Exited {
+        pid: u32,
+        tid: u32,
+        ts: u64,
+        at: SystemTime,
+    },
+}
+
+/// One open of a descriptor, for good: numbers are reused, times are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Id {
+    pub(super) pid: u32,
+    pub(super) fd: u32,
+    /// CLOCK_BOOTTIME, nanoseconds.
+    pub(super) opened_at: u64,
+}
+
+struct Entry {
+    opened_at: u64,
+    within: bool,
+    fd: Arc<TrackedFd>,
+}
+
+/// A change that a report made.
+#[derive(Debug, Clone)]
+pub(super) struct Change {
+    pub(super) id: Id,
+    pub(super) within: bool,
+    pub(super) event: Event,
+}
+
+/// Every tracked descriptor, by pid and number.
+#[derive(Default)]
+pub(super) struct Table(BTreeMap<(u32, u32), Entry>);
+
+impl Table {
+    pub(super) fn get(&self, pid: u32, fd: u32) -> Option<Arc<TrackedFd>> {
+        let entry = self.0.get(&(pid, fd)).filter(|e| e.within)?;
+        Some(Arc::clone(&entry.fd))
+    }
+
+    pub(super) fn entries(&self) -> Vec<Arc<TrackedFd>> {
+        self.0
+            .values()
+            .filter(|e| e.within)
+            .map(|e| Arc::clone(&e.fd))
+            .collect()
+    }
+
+    /// Applies a report; returns what changed, in order.
+    pub(super) fn apply(&mut self, report: Report) -> Vec<Change> {
+        let mut changes = Vec::new();
+        match report {
+            Report::Made {
+                kind,
+                tid,
+                id,
+                fd,
+                within,
+            } => {
+                let at = fd.opened_at;
+                // A close that was not seen: the number is in use again.
+                changes.extend(self.remove((id.pid, id.fd), tid, at));
+                let fd = Arc::new(fd);
+                let entry = Entry {
+                    opened_at: id.opened_at,
+                    within,
+                    fd: Arc::clone(&fd),
+                };
+                self.0.insert((id.pid, id.fd), entry);
+                changes.push(Change {
+                    id,
+                    within,
+                    event: Event { kind, at, tid, fd },
+                });
+            }
+            Report::Closed { id, tid, at } => {
+                let key = (id.pid, id.fd);
+                // Threads that race report in any order: an older close must
+                // not remove a newer open.
+                if self
+                    .0
+                    .get(&key)
+                    .is_some_and(|e| e.opened_at == id.opened_at)
+                {
+                    changes.extend(self.remove(key, tid, at));
+                }
+            }
+            Report::Exited { pid, tid, ts, at } => {
+                let keys: Vec<_> = self
+                    .0
+                    .range((pid, 0)..=(pid, u32::MAX))
+                    .filter(|(_, e)| e.opened_at <= ts)
+                    .map(|(key, _)| *key)
+                    .collect();
+                for key in keys {
+                    changes.extend(self.remove(key, tid, at));
+                }
+            }
+        }
+        changes
+    }
+
+    fn remove(&mut self, key: (u32, u32), tid: u32, at: SystemTime) -> Option<Change> {
+        let entry = self.0.remove(&key)?;
+        Some(Change {
+            id: Id {
+                pid: key.0,
+                fd: key.1,
+                opened_at: entry.opened_at,
+            },
+            within: entry.within,
+            event: Event {
+                kind: EventKind::Close,
+                at,
+                tid,
+                fd: entry.fd,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    fn made(pid: u32, fd: u32, opened_at: u64) -> Report {
+        Report::Made {
+            kind: EventKind::Open,
+            tid: pid,
+            id: Id { pid, fd, opened_at },
+            fd: TrackedFd {
+                pid,
+                fd,
+                comm: "c".into(),
+                path: None,
+                dev: Dev::new(0, 39),
+                ino: 1,
+                flags: 0,
+                size: 0,
+                opened_at: UNIX_EPOCH + Duration::from_nanos(opened_at),
+                open_ns: None,
+            },
+            within: true,
+        }
+    }
+
+    fn closed(pid: u32, fd: u32, opened_at: u64) -> Report {
+        Report::Closed {
+            id: Id { pid, fd, opened_at },
+            tid: pid,
+            at: UNIX_EPOCH,
+        }
+    }
+
+    fn kinds(changes: &[Change]) -> Vec<EventKind> {
+        changes.iter().map(|c| c.event.kind).collect()
+    }
+
+    #[test]
+    fn a_late_close_leaves_the_newer_open() {
+        let mut table = Table::default();
+        table.apply(made(1, 3, 10));
+        assert_eq!(
+            kinds(&table.apply(made(1, 3, 20))),
+            [EventKind::Close, EventKind::Open]
+        );
+        assert!(table.apply(closed(1, 3, 10)).is_empty());
+        assert!(table.get(1, 3).is_some());
+        assert_eq!(kinds(&table.apply(closed(1, 3, 20))), [EventKind::Close]);
+        assert!(table.get(1, 3).is_none());
+    }
+
+    #[test]
+    fn an_exit_takes_all_of_one_process_but_not_a_reused_pid() {
+        let mut table = Table::default();
+        table.apply(made(1, 3, 10));
+        table.apply(made(1, u32::MAX, 11));
+        table.apply(made(2, 3, 12));
+        table.apply(made(1, 4, 30));
+        let exited = Report::Exited {
+            pid: 1,
+            tid: 1,
+            ts: 20,
+            at: UNIX_EPOCH,
+        };
+        assert_eq!(table.apply(exited).len(), 2);
+        let left: Vec<_> = table.entries().iter().map(|f| (f.pid, f.fd)).collect();
+        assert_eq!(left, [(1, 4), (2, 3)]);
+    }
+
+    #[test]
+    fn what_is_outside_a_prefix_is_kept_but_not_shown() {
+        let mut table = Table::default();
+        let Report::Made {
+            kind, tid, id, fd, ..
+        } = made(1, 3, 10)
+        else {
+            unreachable!()
+        };
+        let report = Report::Made {
+            kind,
+            tid,
+            id,
+            fd,
+            within: false,
+        };
+        assert!(!table.apply(report)[0].within);
+        assert!(table.get(1, 3).is_none() && table.entries().is_empty());
+        assert_eq!(table.apply(closed(1, 3, 10)).len(), 1);
+    }
+
+    proptest! {
+        /// Whatever comes, opens and closes of one number alternate.
+        #[test]
+        fn opens_and_closes_alternate(
+            ops in prop::collection::vec((0u32..3, 0u32..3, 0u64..6, 0u8..3), 0..200),
+        ) {
+            let mut table = Table::default();
+            let mut open = std::collections::BTreeSet::new();
+            for (pid, fd, time, op) in ops {
+                let report = match op {
+                    0 => made(pid, fd, time),
+                    1 => closed(pid, fd, time),
+                    _ => Report::Exited { pid, tid: pid, ts: time, at: UNIX_EPOCH },
+                };
+                for change in table.apply(report) {
+                    let key = (change.id.pid, change.id.fd);
+                    match change.event.kind {
+                        EventKind::Close => prop_assert!(open.remove(&key)),
+                        _ => prop_assert!(open.insert(key)),
+                    }
+                }
+                let shown: std::collections::BTreeSet<_> =
+                    table.entries().iter().map(|f| (f.pid, f.fd)).collect();
+                prop_assert_eq!(&shown, &open);
+            }
+        }
+    }
+}
