@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod dump_map;
+#[cfg(feature = "ebpf")]
 mod estimate;
 pub mod read;
 pub mod run;

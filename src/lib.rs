@@ -12,11 +12,13 @@
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
+pub mod bench;
 pub mod cache;
 pub mod mounts;
 pub mod optin;
 pub mod reader;
 pub mod reason;
+pub mod rig;
 mod sys;
 #[cfg(feature = "ebpf")]
 pub mod tracker;

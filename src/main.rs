@@ -3,6 +3,8 @@
 mod cli;
 mod commands;
 mod exit;
+// Without the tracker there are fewer things to print.
+#[cfg_attr(not(feature = "ebpf"), allow(dead_code, unused_imports))]
 mod output;
 mod signals;
 

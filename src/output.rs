@@ -1,12 +1,12 @@
 //! What goes to standard output and standard error.
 
 mod rows;
+mod sink;
 
 pub use rows::{Row, escape, shown};
+pub use sink::Sink;
 
-use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -56,11 +56,6 @@ pub fn report(message: impl std::fmt::Display) {
 pub fn error(error: &anyhow::Error) {
     let text = format!("{error:#}").replace('\n', "; ");
     report(format_args!("vmafx-bypass: {text}"));
-}
-
-/// Standard output without std's line buffering, for bytes.
-pub fn raw_stdout() -> io::Result<File> {
-    Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
 }
 
 /// Writes one JSON document and a newline.

@@ -10,9 +10,10 @@ use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 pub use stats::ReadStats;
 
 use crate::cache::rclone::{self, Locator};
@@ -60,7 +61,7 @@ const TRIES_PER_READ: u32 = 2;
 /// sequential reads cheap.
 pub struct BypassFile {
     companion: Companion,
-    state: RwLock<State>,
+    state: ArcSwap<State>,
     /// Held while a proof is gathered, so that one thread does it.
     proving: Mutex<()>,
     counters: Counters,
@@ -70,20 +71,12 @@ pub struct BypassFile {
 
 enum State {
     /// Proven ranges are read from the cache.
-    Active(Arc<Epoch>),
+    Active(Epoch),
     /// All goes through FUSE; `again`: when another proof may be tried.
     Fuse {
         refusal: Refusal,
         again: Option<Instant>,
     },
-}
-
-/// What the state means for a read.
-enum Now {
-    Active(Arc<Epoch>),
-    Fuse(Reason),
-    /// As `Fuse`, but it is time to try another proof.
-    Due(Reason),
 }
 
 impl BypassFile {
@@ -132,7 +125,7 @@ impl BypassFile {
     fn with_state(companion: Companion, state: State) -> Self {
         Self {
             companion,
-            state: RwLock::new(state),
+            state: ArcSwap::from_pointee(state),
             proving: Mutex::new(()),
             counters: Counters::default(),
             position: 0,
@@ -158,7 +151,7 @@ impl BypassFile {
     /// read from the cache.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
-        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+        match &**self.state.load() {
             State::Active(_) => None,
             State::Fuse { refusal, .. } => Some(refusal.clone()),
         }
@@ -167,7 +160,7 @@ impl BypassFile {
     /// Bytes of the file that the current proof covers; 0 while there is none.
     #[must_use]
     pub fn proven_bytes(&self) -> u64 {
-        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+        match &**self.state.load() {
             State::Active(epoch) => epoch.proven_bytes(),
             State::Fuse { .. } => 0,
         }
@@ -178,7 +171,7 @@ impl BypassFile {
     /// while there is no proof.
     #[must_use]
     pub fn cache_path(&self) -> Option<PathBuf> {
-        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+        match &**self.state.load() {
             State::Active(epoch) => Some(epoch.cache_path().to_path_buf()),
             State::Fuse { .. } => None,
         }
@@ -217,97 +210,59 @@ impl BypassFile {
 
     /// Reads from one range: proven, or not.
     fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self.read_proven(buffer, offset) {
+            Outcome::Cache(n) => {
+                self.counters.add_cache(n);
+                Ok(n)
+            }
+            Outcome::Fuse(n, reason) => {
+                let n = self.companion.read_at(&mut buffer[..n], offset)?;
+                self.counters.add_fuse(n, reason);
+                Ok(n)
+            }
+        }
+    }
+
+    /// Reads at most one proven range; nothing through FUSE.
+    fn read_proven(&self, buffer: &mut [u8], offset: u64) -> Outcome {
         for _ in 0..TRIES_PER_READ {
-            let epoch = match self.epoch() {
-                Ok(epoch) => epoch,
-                Err(reason) => return self.read_fuse(buffer, offset, reason),
+            let state = self.state.load();
+            let epoch = match &**state {
+                State::Active(epoch) => epoch,
+                State::Fuse { refusal, again } => {
+                    let due = again.is_some_and(|again| Instant::now() >= again);
+                    if due && self.prove_again(&state) {
+                        continue;
+                    }
+                    return Outcome::Fuse(buffer.len(), refusal.reason);
+                }
             };
             match epoch.read(buffer, offset) {
-                Outcome::Cache(n) => {
-                    self.counters.add_cache(n);
-                    return Ok(n);
+                Ok(outcome) => return outcome,
+                Err(refusal) => {
+                    // At once for a new proof, since a metadata file that was
+                    // merely rewritten is the common case; but one that lasted
+                    // less than the interval waits as long.
+                    let again = Some(epoch.since() + RETRY_AFTER);
+                    let ended = Arc::new(State::Fuse { refusal, again });
+                    // Where it fails, another thread has seen the end, too.
+                    self.state.compare_and_swap(&*state, ended);
                 }
-                Outcome::Fuse(n, reason) => {
-                    return self.read_fuse(&mut buffer[..n], offset, reason);
-                }
-                Outcome::Ended(refusal) => self.end(&epoch, refusal),
             }
         }
-        self.read_fuse(buffer, offset, Reason::Changed)
+        Outcome::Fuse(buffer.len(), Reason::Changed)
     }
 
-    /// Reads at most one proven range, and nothing through FUSE; 0 where
-    /// nothing is proven at `offset`. The caller counts the bytes.
-    fn read_cached(&self, buffer: &mut [u8], offset: u64) -> usize {
-        let Ok(epoch) = self.epoch() else {
-            return 0;
-        };
-        match epoch.read(buffer, offset) {
-            Outcome::Cache(n) => n,
-            Outcome::Fuse(..) => 0,
-            Outcome::Ended(refusal) => {
-                self.end(&epoch, refusal);
-                0
-            }
-        }
-    }
-
-    fn read_fuse(&self, buffer: &mut [u8], offset: u64, reason: Reason) -> io::Result<usize> {
-        let n = self.companion.read_at(buffer, offset)?;
-        self.counters.add_fuse(n, reason);
-        Ok(n)
-    }
-
-    /// The current proof, gathered again if it is time to; else why there is none.
-    fn epoch(&self) -> Result<Arc<Epoch>, Reason> {
-        let due = match self.current() {
-            Now::Active(epoch) => return Ok(epoch),
-            Now::Fuse(reason) => return Err(reason),
-            Now::Due(reason) => reason,
-        };
-        // Another thread is at it: do not wait for it.
+    /// Gathers another proof in place of `old`, unless another thread is at
+    /// it, which is not waited for. Whether the state has changed.
+    fn prove_again(&self, old: &Arc<State>) -> bool {
         let Ok(_proving) = self.proving.try_lock() else {
-            return Err(due);
+            return false;
         };
-        // Or it has just finished.
-        match self.current() {
-            Now::Active(epoch) => return Ok(epoch),
-            Now::Fuse(reason) => return Err(reason),
-            Now::Due(_) => {}
+        if Arc::ptr_eq(&self.state.load(), old) {
+            self.state.store(Arc::new(prove(&self.companion)));
         }
-        let state = prove(&self.companion);
-        let result = match &state {
-            State::Active(epoch) => Ok(Arc::clone(epoch)),
-            State::Fuse { refusal, .. } => Err(refusal.reason),
-        };
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
-        result
-    }
-
-    fn current(&self) -> Now {
-        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
-            State::Active(epoch) => Now::Active(Arc::clone(epoch)),
-            State::Fuse { refusal, again } => match again {
-                Some(again) if Instant::now() >= *again => Now::Due(refusal.reason),
-                _ => Now::Fuse(refusal.reason),
-            },
-        }
-    }
-
-    /// Drops an epoch that has ended. The first time at once for a new proof,
-    /// since a metadata file that was merely rewritten is the common case; a
-    /// proof that lasted less than [`RETRY_AFTER`] waits that long.
-    fn end(&self, epoch: &Arc<Epoch>, refusal: Refusal) {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        if let State::Active(current) = &*state
-            && Arc::ptr_eq(current, epoch)
-        {
-            let now = Instant::now();
-            *state = State::Fuse {
-                refusal,
-                again: Some(now.max(epoch.since() + RETRY_AFTER)),
-            };
-        }
+        true
     }
 }
 
@@ -322,7 +277,7 @@ fn never(refusal: Refusal) -> State {
 /// Gathers the facts and decides.
 fn prove(companion: &Companion) -> State {
     match try_prove(companion) {
-        Ok(epoch) => State::Active(Arc::new(epoch)),
+        Ok(epoch) => State::Active(epoch),
         Err(refusal) => {
             let lasting = matches!(
                 refusal.reason,

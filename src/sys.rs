@@ -1,7 +1,6 @@
 //! Small questions to the kernel that more than one module asks.
 
 use std::fs;
-use std::time::{Duration, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -15,37 +14,6 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     let after_name = stat.iter().rposition(|&b| b == b')')? + 2;
     let text = std::str::from_utf8(stat.get(after_name..)?).ok()?;
     text.split(' ').nth(19)?.parse().ok()
-}
-
-/// Turns times of CLOCK_BOOTTIME into times of day.
-#[cfg(feature = "ebpf")]
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct BootClock {
-    /// When the machine booted, by today's clock.
-    boot: SystemTime,
-}
-
-#[cfg(feature = "ebpf")]
-impl BootClock {
-    /// Reads both clocks.
-    pub(crate) fn now() -> Self {
-        Self {
-            boot: SystemTime::now() - Duration::from_nanos(boot_ns()),
-        }
-    }
-
-    /// The time of day at `ns` nanoseconds of CLOCK_BOOTTIME.
-    pub(crate) fn at(self, ns: u64) -> SystemTime {
-        self.boot + Duration::from_nanos(ns)
-    }
-}
-
-/// CLOCK_BOOTTIME now, nanoseconds.
-#[cfg(feature = "ebpf")]
-pub(crate) fn boot_ns() -> u64 {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |t| {
-        t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64
-    })
 }
 
 /// A monotonic clock of a few milliseconds' grain that costs no system call.

@@ -6,6 +6,7 @@
 //! reading or writing; no O_PATH, no folders.
 
 mod abi;
+mod clock;
 mod host;
 mod pinned;
 mod session;

@@ -18,7 +18,7 @@ pub(crate) use metadata::{MetadataFile, read_metadata};
 
 use std::path::Path;
 
-use crate::reason::{Reason, Refusal};
+use crate::reason::Reason;
 
 /// What the metadata alone says of a clip: an estimate, for display. It proves
 /// nothing, opens nothing through FUSE and may lag: rclone writes metadata when
@@ -31,18 +31,20 @@ pub struct Estimate {
     pub state: Option<Reason>,
 }
 
+impl Estimate {
+    /// Nothing is known, for this reason.
+    pub fn unknown(reason: Reason) -> Self {
+        Self {
+            cached_bytes: None,
+            state: Some(reason),
+        }
+    }
+}
+
 /// Estimates how much of a clip is cached. `inside` is its path inside the
 /// mount, `size` FUSE's size in bytes.
 #[must_use]
-pub fn estimate(located: &Result<Located, Refusal>, inside: &Path, size: u64) -> Estimate {
-    let unknown = |reason| Estimate {
-        cached_bytes: None,
-        state: Some(reason),
-    };
-    let located = match located {
-        Ok(located) => located,
-        Err(refusal) => return unknown(refusal.reason),
-    };
+pub fn estimate(located: &Located, inside: &Path, size: u64) -> Estimate {
     let metadata = names::check(inside)
         .and_then(|()| read_metadata(&located.metadata_path(inside)))
         .and_then(|file| metadata::parse(&file.bytes));
@@ -54,7 +56,7 @@ pub fn estimate(located: &Result<Located, Refusal>, inside: &Path, size: u64) ->
                 state: (size > 0).then_some(Reason::NoMetadata),
             };
         }
-        Err(refusal) => return unknown(refusal.reason),
+        Err(refusal) => return Estimate::unknown(refusal.reason),
     };
     let cached = metadata.ranges.bytes();
     let state = if !located.read_only || located.shared_cache {

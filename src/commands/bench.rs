@@ -1,10 +1,200 @@
-//! `bench`
-use crate::cli::BenchArgs;
-use crate::exit::Exit;
-use crate::output::Notes;
-use crate::signals::Signals;
-use anyhow::Result;
-/// x
-pub fn run(_args: &BenchArgs, _notes: &Notes, _signals: Signals) -> Result<Exit> {
-    Ok(Exit::Done)
+//! `bench`: FUSE, the bypass and the raw cache file, side by side.
+
+mod environment;
+mod report;
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use vmafx_bypass::bench::{self, BenchError, Engine, Gate, Pattern, Plan, Verdict};
+use vmafx_bypass::rig::{Rig, RigOptions};
+
+use crate::cli::{self, BenchArgs, Format};
+use crate::exit::{Coded, Exit};
+use crate::output::{Notes, Sink, human_bytes};
+use crate::signals::{Interrupted, Signals};
+
+/// Measures, prints, and judges.
+pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+    let gates: Vec<Gate> = args
+        .gate
+        .iter()
+        .map(|gate| Gate {
+            block_size: gate.block_size.map(|size| size as usize),
+            ratio: gate.ratio,
+        })
+        .collect();
+    let mut plan = plan(args);
+    check_gates(&gates, &plan)?;
+
+    let interrupted = signals.watch(|| {});
+    // Kept until the end: dropped, it unmounts and cleans up.
+    let mut rig = None;
+    if let Some(size) = args.generate {
+        notes.note(format_args!(
+            "generating, serving, mounting and caching a clip of {}",
+            human_bytes(size.0)
+        ));
+        let made = generate(&args.rclone, size.0)?;
+        plan.clips = vec![made.mountpoint().join(CLIP)];
+        rig = Some(made);
+    }
+    let results = bench::measure(
+        &plan,
+        |clip, pattern, block_size| {
+            notes.detail(format_args!(
+                "measuring `{}`, {}, blocks of {}",
+                clip.display(),
+                pattern.name(),
+                human_bytes(block_size as u64)
+            ));
+        },
+        || interrupted.exit().is_some(),
+    );
+    let results = match results {
+        Ok(results) => results,
+        Err(BenchError::Stopped) => return Ok(stopped(&interrupted)),
+        Err(error @ BenchError::Mismatch { .. }) => {
+            return Err(Coded::error(Exit::Mismatch, error.to_string()));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let verdict = (!gates.is_empty()).then(|| Verdict::of(&gates, &results));
+    let environment = environment::Environment::read(&plan.clips, args.generate.is_some());
+    drop(rig);
+
+    let report = report::Report::new(&environment, &results, verdict.as_ref(), args.runs);
+    let mut sink = Sink::open(&args.output)?;
+    let text = match args.format {
+        Format::Json => report.json()?,
+        Format::Text => report.text(),
+    };
+    sink.write(text.as_bytes())?;
+    sink.finish()?;
+
+    for result in results.iter().filter(|r| r.fuse_bytes > 0) {
+        if result.engine == Engine::Bypass {
+            notes.note(format_args!(
+                "warning: `{}`, {}, blocks of {}: {} of the bypass came through FUSE",
+                result.path.display(),
+                result.pattern.name(),
+                human_bytes(result.block_size as u64),
+                human_bytes(result.fuse_bytes)
+            ));
+        }
+    }
+    match verdict {
+        Some(verdict) if !verdict.pass => Err(missed(&verdict)),
+        _ => Ok(Exit::Done),
+    }
+}
+
+fn stopped(interrupted: &Interrupted) -> Exit {
+    interrupted.exit().unwrap_or(Exit::Failed)
+}
+
+fn missed(verdict: &Verdict) -> anyhow::Error {
+    let missed: Vec<String> = verdict
+        .checks
+        .iter()
+        .filter(|check| !check.pass)
+        .map(|check| {
+            format!(
+                "`{}` in {} blocks of {}: {:.1}x of at least {}x",
+                check.path.display(),
+                check.pattern.name(),
+                human_bytes(check.block_size as u64),
+                check.ratio,
+                check.threshold
+            )
+        })
+        .collect();
+    Coded::error(Exit::Gate, format!("gate missed: {}", missed.join(", ")))
+}
+
+fn plan(args: &BenchArgs) -> Plan {
+    let prefix = args.prefix.clone().unwrap_or_default();
+    let mut engines: Vec<Engine> = Vec::new();
+    for engine in &args.engines {
+        let engine = match engine {
+            cli::Engine::Fuse => Engine::Fuse,
+            cli::Engine::Bypass => Engine::Bypass,
+            cli::Engine::Raw => Engine::Raw,
+        };
+        if !engines.contains(&engine) {
+            engines.push(engine);
+        }
+    }
+    let mut patterns: Vec<Pattern> = Vec::new();
+    for pattern in &args.pattern {
+        let pattern = match pattern {
+            cli::Pattern::Sequential => Pattern::Sequential,
+            cli::Pattern::Random => Pattern::Random,
+        };
+        if !patterns.contains(&pattern) {
+            patterns.push(pattern);
+        }
+    }
+    let mut block_sizes: Vec<usize> = Vec::new();
+    for size in &args.block_size {
+        if !block_sizes.contains(&(size.0 as usize)) {
+            block_sizes.push(size.0 as usize);
+        }
+    }
+    Plan {
+        // An absolute path stays as it is.
+        clips: args.path.iter().map(|path| prefix.join(path)).collect(),
+        engines,
+        patterns,
+        block_sizes,
+        runs: args.runs,
+    }
+}
+
+/// A gate that compares nothing would pass for ever.
+fn check_gates(gates: &[Gate], plan: &Plan) -> Result<()> {
+    let usage = |message: String| Err(Coded::error(Exit::Usage, message));
+    if gates.is_empty() {
+        return Ok(());
+    }
+    for engine in [Engine::Fuse, Engine::Bypass] {
+        if !plan.engines.contains(&engine) {
+            let name = engine.name();
+            return usage(format!(
+                "--gate compares fuse with bypass: add {name} to --engines"
+            ));
+        }
+    }
+    for size in gates.iter().filter_map(|gate| gate.block_size) {
+        if !plan.block_sizes.contains(&size) {
+            return usage(format!(
+                "--gate names blocks of {size} bytes: add them to --block-size"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The generated clip's name.
+const CLIP: &str = "clip.y4m";
+
+/// Serves, mounts and caches a clip of random bytes.
+fn generate(rclone: &Path, size: u64) -> Result<Rig> {
+    let options = RigOptions {
+        rclone: PathBuf::from(rclone),
+        ..RigOptions::default()
+    };
+    let fill = |source: &Path| {
+        let mut clip = BufWriter::new(File::create(source.join(CLIP))?);
+        let mut random = io::Read::take(File::open("/dev/urandom")?, size);
+        io::copy(&mut random, &mut clip)?;
+        clip.flush()
+    };
+    let rig =
+        Rig::start(options, fill).map_err(|e| Coded::error(Exit::Environment, e.to_string()))?;
+    rig.cache_whole(Path::new(CLIP))
+        .context("caching the generated clip")?;
+    Ok(rig)
 }

@@ -24,8 +24,8 @@ impl Estimator {
             .ok_or_else(|| Refusal::new(Reason::IoError, "its path got lost"))
             .and_then(|path| self.locate(dev, path));
         match found {
-            Ok((located, inside)) => estimate(&Ok(located), &inside, size),
-            Err(refusal) => estimate(&Err(refusal), Path::new(""), size),
+            Ok((located, inside)) => estimate(&located, &inside, size),
+            Err(refusal) => Estimate::unknown(refusal.reason),
         }
     }
 

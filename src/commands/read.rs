@@ -1,20 +1,15 @@
 //! `read`: the bytes of a file, by the way that is proven.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use serde::Serialize;
-use tempfile::NamedTempFile;
 use vmafx_bypass::{BypassFile, Reason};
 
 use crate::cli::{Format, ReadArgs, ReadEngine};
 use crate::exit::Exit;
-use crate::output::{self, JsonPath, Notes, SCHEMA, human_bytes};
+use crate::output::{self, JsonPath, Notes, SCHEMA, Sink, human_bytes};
 use crate::signals::{Interrupted, Signals};
 
 /// Reads and reports.
@@ -140,74 +135,4 @@ fn copy(
         left -= n as u64;
     }
     Ok(true)
-}
-
-/// Where the bytes go.
-enum Sink {
-    /// Standard output, or a device or pipe.
-    Stream { file: File, name: String },
-    /// A temporary file that becomes the target when it is whole, and is
-    /// removed when it does not.
-    Whole {
-        file: NamedTempFile,
-        target: PathBuf,
-    },
-}
-
-impl Sink {
-    fn open(output: &Path) -> Result<Self> {
-        if output == Path::new("-") {
-            return Ok(Self::Stream {
-                file: output::raw_stdout().context("standard output")?,
-                name: "standard output".into(),
-            });
-        }
-        let name = format!("`{}`", output.display());
-        // A symlink stays one: what it leads to is replaced.
-        let target = fs::canonicalize(output).unwrap_or_else(|_| output.to_path_buf());
-        match fs::metadata(&target) {
-            Ok(found) if found.is_dir() => return Err(anyhow!("{name} is a folder")),
-            Ok(found) if !found.is_file() => {
-                let file = OpenOptions::new()
-                    .write(true)
-                    .open(&target)
-                    .with_context(|| name.clone())?;
-                return Ok(Self::Stream { file, name });
-            }
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e).context(name),
-        }
-        let folder = match target.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let file = tempfile::Builder::new()
-            .prefix(".vmafx-bypass-")
-            // The umask applies.
-            .permissions(Permissions::from_mode(0o666))
-            .tempfile_in(folder)
-            .with_context(|| format!("a temporary file beside {name}"))?;
-        Ok(Self::Whole { file, target })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        match self {
-            Self::Stream { file, name } => file.write_all(bytes).context(name.clone()),
-            Self::Whole { file, target } => file
-                .write_all(bytes)
-                .with_context(|| format!("writing `{}`", target.display())),
-        }
-    }
-
-    fn finish(self) -> Result<()> {
-        match self {
-            Self::Stream { .. } => Ok(()),
-            Self::Whole { file, target } => file
-                .persist(&target)
-                .map(drop)
-                .map_err(|e| e.error)
-                .with_context(|| format!("`{}`", target.display())),
-        }
-    }
 }

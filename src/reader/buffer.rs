@@ -3,6 +3,7 @@
 use std::io;
 
 use super::BypassFile;
+use super::epoch::Outcome;
 use crate::sys::coarse_ms;
 
 /// Bytes read ahead. Larger ones fall out of the CPU's second-level cache.
@@ -37,9 +38,7 @@ impl ReadAhead {
         let mut n = self.copy(out, position);
         if n > 0 {
             file.counters.add_cache(n);
-        } else if out.len() >= SMALL || position != self.next {
-            n = file.read_at(out, position)?;
-        } else if self.fill(file, position) {
+        } else if out.len() < SMALL && position == self.next && self.fill(file, position) {
             n = self.copy(out, position);
             file.counters.add_cache(n);
         } else {
@@ -69,8 +68,10 @@ impl ReadAhead {
         self.bytes.resize(CAPACITY, 0);
         self.length = 0;
         self.filled_ms = coarse_ms();
-        self.length = file.read_cached(&mut self.bytes, position);
         self.start = position;
+        if let Outcome::Cache(n) = file.read_proven(&mut self.bytes, position) {
+            self.length = n;
+        }
         self.length > 0
     }
 }

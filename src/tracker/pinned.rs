@@ -11,9 +11,10 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::abi::{self, RcloneBypassSkel, StoredPath, vb_fd, vb_fd_key, vb_meta};
+use super::clock::{BootClock, boot_ns};
 use super::{Losses, TrackerError, host};
 use crate::mounts::Dev;
-use crate::sys::{BootClock, boot_ns, start_time};
+use crate::sys::start_time;
 
 const META: &str = "meta";
 const STATS: &str = "stats";

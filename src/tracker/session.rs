@@ -14,12 +14,12 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::abi::{self, Kind, OpenRcloneBypassSkel, RawEvent, RcloneBypassSkelBuilder};
+use super::clock::BootClock;
 use super::pinned::{self, Pins};
 use super::table::{EventKind, Id, Report, TrackedFd};
 use super::watch::{self, Prefix, PrefixError, Watch};
 use super::{Command, Shared, TrackerError, TrackerOptions, Update, host};
 use crate::mounts::MountTable;
-use crate::sys::BootClock;
 
 /// Records taken from the ring before commands are looked at again.
 const RECORDS_AT_ONCE: usize = 4_096;

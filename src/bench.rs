@@ -1,0 +1,471 @@
+//! Compares the ways to read a clip: the rclone mount, the bypass, and the
+//! cache file itself, interleaved in one run on the same warm clip.
+//!
+//! Each engine first reads the clip once to be checksummed, which also warms
+//! it. Then every run opens it anew, as a program would, since an open drops
+//! FUSE's page cache; opening is timed apart from reading. Nothing here prints.
+
+mod engine;
+mod gate;
+mod statistics;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+pub use gate::{Check, Gate, Verdict};
+pub use statistics::Percentiles;
+
+use engine::Opened;
+
+/// Random reads of one run, at most.
+const RANDOM_READS: u64 = 1_000;
+
+/// A way to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// read(2) and pread(2) through the rclone mount.
+    Fuse,
+    /// [`BypassFile`](crate::BypassFile).
+    Bypass,
+    /// read(2) and pread(2) on the cache file, without any proof.
+    Raw,
+}
+
+impl Engine {
+    /// The contract's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fuse => "fuse",
+            Self::Bypass => "bypass",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// In which order blocks are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pattern {
+    /// From start to end; a sample is the whole clip.
+    Sequential,
+    /// Whole blocks in a fixed random order, none twice; a sample is one read.
+    Random,
+}
+
+impl Pattern {
+    /// The contract's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "sequential",
+            Self::Random => "random",
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Clips on an rclone mount, cached whole.
+    pub clips: Vec<PathBuf>,
+    /// Engines, without repetition.
+    pub engines: Vec<Engine>,
+    /// Patterns, without repetition.
+    pub patterns: Vec<Pattern>,
+    /// Bytes per read, each at least 1.
+    pub block_sizes: Vec<usize>,
+    /// Measured runs of each, at least 1.
+    pub runs: u32,
+}
+
+/// One engine's result for one clip, pattern and block size.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measurement {
+    /// The clip.
+    #[serde(serialize_with = "lossy")]
+    pub path: PathBuf,
+    /// The way it was read.
+    pub engine: Engine,
+    /// The order.
+    pub pattern: Pattern,
+    /// Bytes per read.
+    pub block_size: usize,
+    /// Readers at once.
+    pub streams: u32,
+    /// Every sample in order, nanoseconds: of a whole clip if sequential, of
+    /// one read if random.
+    pub samples_ns: Vec<u64>,
+    /// Every open, nanoseconds; not part of the samples.
+    pub open_ns: Vec<u64>,
+    /// Of the samples.
+    #[serde(flatten)]
+    pub percentiles: Percentiles,
+    /// By the median sample.
+    pub bytes_per_s: f64,
+    /// FUSE's median over this one's: how many times faster this is.
+    pub ratio_to_fuse: Option<f64>,
+    /// The raw file's median over this one's: 1 is as fast.
+    pub ratio_to_raw: Option<f64>,
+    /// Bytes that did not come from the cache, over all runs; of `bypass`.
+    pub fuse_bytes: u64,
+    /// Of the bytes read, in hexadecimal.
+    pub sha256: String,
+}
+
+fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BenchError {
+    /// A clip cannot be opened or read.
+    #[error("`{}`: {error}", path.display())]
+    Io {
+        /// The clip.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// There is nothing in it to measure.
+    #[error("`{}` is shorter than a block of {block_size} bytes: choose a larger clip or a smaller --block-size", path.display())]
+    TooShort {
+        /// The clip.
+        path: PathBuf,
+        /// The block size that does not fit.
+        block_size: usize,
+    },
+    /// No cache file is proven, so there is no raw file to read.
+    #[error("`{}` is not bypassed: {refusal}; {}", path.display(), refusal.reason.remedy())]
+    NotBypassed {
+        /// The clip.
+        path: PathBuf,
+        /// Why.
+        refusal: crate::Refusal,
+    },
+    /// Two engines read different bytes.
+    #[error("`{}`: {engine} read other bytes than {reference} ({pattern}, blocks of {block_size})", path.display())]
+    Mismatch {
+        /// The clip.
+        path: PathBuf,
+        /// The one that differs.
+        engine: &'static str,
+        /// From this one.
+        reference: &'static str,
+        /// In this order.
+        pattern: &'static str,
+        /// Bytes per read.
+        block_size: usize,
+    },
+    /// `stop` said so.
+    #[error("interrupted")]
+    Stopped,
+}
+
+/// Measures a plan. `progress` is told before each group of engines what comes
+/// next; `stop` is asked between runs whether to go on.
+///
+/// # Errors
+/// The first clip that cannot be measured, engines that read different bytes,
+/// or a stop.
+pub fn measure(
+    plan: &Plan,
+    mut progress: impl FnMut(&Path, Pattern, usize),
+    mut stop: impl FnMut() -> bool,
+) -> Result<Vec<Measurement>, BenchError> {
+    let mut results = Vec::new();
+    for clip in &plan.clips {
+        for &pattern in &plan.patterns {
+            for &block_size in &plan.block_sizes {
+                progress(clip, pattern, block_size);
+                let case = Case::new(clip, pattern, block_size)?;
+                results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
+            }
+        }
+    }
+    Ok(results)
+}
+
+/// One clip, pattern and block size.
+struct Case<'a> {
+    clip: &'a Path,
+    pattern: Pattern,
+    block_size: usize,
+    size: u64,
+    /// Where random reads start.
+    offsets: Vec<u64>,
+}
+
+/// The samples of one engine as they come in.
+struct Series {
+    engine: Engine,
+    sha256: String,
+    samples_ns: Vec<u64>,
+    open_ns: Vec<u64>,
+    fuse_bytes: u64,
+}
+
+impl<'a> Case<'a> {
+    fn new(clip: &'a Path, pattern: Pattern, block_size: usize) -> Result<Self, BenchError> {
+        let size = std::fs::metadata(clip)
+            .map_err(|error| BenchError::Io {
+                path: clip.into(),
+                error,
+            })?
+            .len();
+        let blocks = size / block_size as u64;
+        if blocks == 0 {
+            return Err(BenchError::TooShort {
+                path: clip.into(),
+                block_size,
+            });
+        }
+        Ok(Self {
+            clip,
+            pattern,
+            block_size,
+            size,
+            offsets: random_offsets(blocks, block_size as u64),
+        })
+    }
+
+    fn measure(
+        &self,
+        engines: &[Engine],
+        runs: u32,
+        stop: &mut impl FnMut() -> bool,
+    ) -> Result<Vec<Measurement>, BenchError> {
+        let mut series = Vec::new();
+        for &engine in engines {
+            if stop() {
+                return Err(BenchError::Stopped);
+            }
+            series.push(self.checksum(engine)?);
+        }
+        if let Some((first, rest)) = series.split_first()
+            && let Some(other) = rest.iter().find(|s| s.sha256 != first.sha256)
+        {
+            return Err(BenchError::Mismatch {
+                path: self.clip.into(),
+                engine: other.engine.name(),
+                reference: first.engine.name(),
+                pattern: self.pattern.name(),
+                block_size: self.block_size,
+            });
+        }
+        for run in 0..runs as usize {
+            // Another engine goes first each time: what one leaves behind in
+            // the CPU's caches helps or hinders each of the others as often.
+            let count = series.len();
+            for turn in 0..count {
+                if stop() {
+                    return Err(BenchError::Stopped);
+                }
+                self.run(&mut series[(run + turn) % count])?;
+            }
+        }
+        Ok(self.results(series))
+    }
+
+    fn io(&self, error: io::Error) -> BenchError {
+        BenchError::Io {
+            path: self.clip.into(),
+            error,
+        }
+    }
+
+    /// Reads once as a run does, and hashes what was read.
+    fn checksum(&self, engine: Engine) -> Result<Series, BenchError> {
+        let mut file = Opened::open(engine, self.clip)?;
+        let mut hash = Sha256::new();
+        self.read(&mut file, |bytes, _| hash.update(bytes))?;
+        let mut sha256 = String::with_capacity(64);
+        for byte in hash.finalize() {
+            use std::fmt::Write;
+            // Writing to a string does not fail.
+            let _ = write!(sha256, "{byte:02x}");
+        }
+        Ok(Series {
+            engine,
+            sha256,
+            samples_ns: Vec::new(),
+            open_ns: Vec::new(),
+            fuse_bytes: 0,
+        })
+    }
+
+    fn run(&self, series: &mut Series) -> Result<(), BenchError> {
+        let opening = Instant::now();
+        let mut file = Opened::open(series.engine, self.clip)?;
+        series.open_ns.push(opening.elapsed().as_nanos() as u64);
+        let started = Instant::now();
+        match self.pattern {
+            Pattern::Sequential => {
+                self.read(&mut file, |bytes, _| {
+                    std::hint::black_box(bytes);
+                })?;
+                series.samples_ns.push(started.elapsed().as_nanos() as u64);
+            }
+            Pattern::Random => self.read(&mut file, |bytes, ns| {
+                std::hint::black_box(bytes);
+                series.samples_ns.push(ns);
+            })?,
+        }
+        series.fuse_bytes += file.fuse_bytes();
+        Ok(())
+    }
+
+    /// Reads in the case's order; `each` gets every block, and how many
+    /// nanoseconds it took if random.
+    fn read(&self, file: &mut Opened, mut each: impl FnMut(&[u8], u64)) -> Result<(), BenchError> {
+        let mut block = vec![0; self.block_size];
+        match self.pattern {
+            Pattern::Sequential => {
+                let mut total = 0;
+                loop {
+                    let n = file.read(&mut block).map_err(|e| self.io(e))?;
+                    if n == 0 {
+                        break;
+                    }
+                    total += n as u64;
+                    each(&block[..n], 0);
+                }
+                if total != self.size {
+                    let error = io::Error::other("the clip changed while it was measured");
+                    return Err(self.io(error));
+                }
+            }
+            Pattern::Random => {
+                for &offset in &self.offsets {
+                    let started = Instant::now();
+                    let n = file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
+                    let ns = started.elapsed().as_nanos() as u64;
+                    each(&block[..n], ns);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn results(&self, series: Vec<Series>) -> Vec<Measurement> {
+        let bytes = match self.pattern {
+            Pattern::Sequential => self.size,
+            Pattern::Random => self.block_size as u64,
+        };
+        let percentiles: Vec<_> = series
+            .iter()
+            .map(|s| (s.engine, Percentiles::of(&s.samples_ns)))
+            .collect();
+        let median = |engine| {
+            let found = percentiles.iter().find(|(e, _)| *e == engine);
+            found.map(|(_, p)| p.p50_ns as f64)
+        };
+        series
+            .into_iter()
+            .zip(&percentiles)
+            .map(|(series, (_, percentiles))| {
+                let own = percentiles.p50_ns.max(1) as f64;
+                Measurement {
+                    path: self.clip.to_path_buf(),
+                    engine: series.engine,
+                    pattern: self.pattern,
+                    block_size: self.block_size,
+                    streams: 1,
+                    samples_ns: series.samples_ns,
+                    open_ns: series.open_ns,
+                    percentiles: *percentiles,
+                    bytes_per_s: bytes as f64 / (own / 1e9),
+                    ratio_to_fuse: median(Engine::Fuse).map(|fuse| fuse / own),
+                    ratio_to_raw: median(Engine::Raw).map(|raw| raw / own),
+                    fuse_bytes: series.fuse_bytes,
+                    sha256: series.sha256,
+                }
+            })
+            .collect()
+    }
+}
+
+/// Starts of blocks in an order that is random but the same each time, none twice.
+fn random_offsets(blocks: u64, block_size: u64) -> Vec<u64> {
+    let count = blocks.min(RANDOM_READS);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = move || {
+        // splitmix64 (Steele, Lea and Flood, 2014)
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    // Floyd's sampling: `count` of `blocks`, each as likely.
+    let mut chosen = std::collections::HashSet::new();
+    let mut offsets = Vec::with_capacity(count as usize);
+    for upper in blocks - count..blocks {
+        let candidate = next() % (upper + 1);
+        let block = if chosen.insert(candidate) {
+            candidate
+        } else {
+            chosen.insert(upper);
+            upper
+        };
+        offsets.push(block * block_size);
+    }
+    // Floyd's order leans: late blocks come late.
+    for i in (1..offsets.len()).rev() {
+        offsets.swap(i, (next() % (i as u64 + 1)) as usize);
+    }
+    offsets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_offsets_are_blocks_and_none_twice() {
+        for blocks in [1, 2, 999, 1_000, 1_001, 1 << 20] {
+            let offsets = random_offsets(blocks, 4096);
+            let set: std::collections::HashSet<_> = offsets.iter().collect();
+            assert_eq!(set.len() as u64, blocks.min(RANDOM_READS));
+            assert_eq!(set.len(), offsets.len());
+            assert!(offsets.iter().all(|o| o % 4096 == 0 && o / 4096 < blocks));
+            assert_eq!(offsets, random_offsets(blocks, 4096));
+        }
+    }
+
+    #[test]
+    fn a_local_file_has_fuse_and_bypass_but_no_raw() {
+        let dir = tempfile::tempdir().unwrap();
+        let clip = dir.path().join("clip");
+        std::fs::write(&clip, vec![7; 100_000]).unwrap();
+        let mut plan = Plan {
+            clips: vec![clip],
+            engines: vec![Engine::Fuse, Engine::Bypass],
+            patterns: vec![Pattern::Sequential, Pattern::Random],
+            block_sizes: vec![4096],
+            runs: 3,
+        };
+        let results = measure(&plan, |_, _, _| {}, || false).unwrap();
+        assert_eq!(results.len(), 4);
+        assert_eq!(results[0].samples_ns.len(), 3);
+        assert_eq!(results[2].samples_ns.len(), 3 * 24);
+        assert_eq!(results[0].sha256, results[1].sha256);
+        assert_eq!(results[1].fuse_bytes, 300_000);
+        assert_eq!(results[0].ratio_to_fuse, Some(1.0));
+        assert_eq!(results[0].ratio_to_raw, None);
+        let stopped = measure(&plan, |_, _, _| {}, || true);
+        assert!(matches!(stopped, Err(BenchError::Stopped)));
+        plan.engines = vec![Engine::Raw];
+        let raw = measure(&plan, |_, _, _| {}, || false);
+        assert!(matches!(raw, Err(BenchError::NotBypassed { .. })));
+        plan.engines = vec![Engine::Fuse];
+        plan.block_sizes = vec![1 << 20];
+        let short = measure(&plan, |_, _, _| {}, || false);
+        assert!(matches!(short, Err(BenchError::TooShort { .. })));
+    }
+}

@@ -1,0 +1,64 @@
+//! The engines: a clip, opened each way.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::{BenchError, Engine};
+use crate::BypassFile;
+
+/// An open clip.
+pub(super) enum Opened {
+    Plain(File),
+    Bypass(Box<BypassFile>),
+}
+
+impl Opened {
+    pub(super) fn open(engine: Engine, clip: &Path) -> Result<Self, BenchError> {
+        let io = |error| BenchError::Io {
+            path: clip.into(),
+            error,
+        };
+        match engine {
+            Engine::Fuse => File::open(clip).map(Self::Plain).map_err(io),
+            Engine::Bypass => {
+                let file = BypassFile::open(clip).map_err(io)?;
+                Ok(Self::Bypass(Box::new(file)))
+            }
+            Engine::Raw => {
+                let file = BypassFile::open(clip).map_err(io)?;
+                if let Some(refusal) = file.refusal() {
+                    return Err(BenchError::NotBypassed {
+                        path: clip.into(),
+                        refusal,
+                    });
+                }
+                let path = file.cache_path().unwrap_or_default();
+                File::open(path).map(Self::Plain).map_err(io)
+            }
+        }
+    }
+
+    pub(super) fn read(&mut self, block: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.read(block),
+            Self::Bypass(file) => file.read(block),
+        }
+    }
+
+    pub(super) fn read_at(&self, block: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.read_at(block, offset),
+            Self::Bypass(file) => file.read_at(block, offset),
+        }
+    }
+
+    /// Bytes that the bypass read through FUSE.
+    pub(super) fn fuse_bytes(&self) -> u64 {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Bypass(file) => file.stats().fuse_bytes(),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Under which conditions a benchmark ran.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use vmafx_bypass::cache::rclone::Locator;
+
+/// What makes figures comparable, or not.
+#[derive(Debug, Serialize)]
+pub struct Environment {
+    version: &'static str,
+    pub kernel: String,
+    pub cpu: String,
+    pub cpus: usize,
+    /// Every clip was read once, by each engine, before it was measured.
+    page_cache: &'static str,
+    generated: bool,
+    pub clips: Vec<Clip>,
+}
+
+/// A clip, and what serves it.
+#[derive(Debug, Serialize)]
+pub struct Clip {
+    pub path: String,
+    pub size: u64,
+    /// The daemon's arguments: rclone's version is told by its program.
+    daemon: Vec<String>,
+    source: Option<String>,
+    read_only: Option<bool>,
+}
+
+impl Environment {
+    pub fn read(clips: &[PathBuf], generated: bool) -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu = cpuinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+            .map_or_else(
+                || std::env::consts::ARCH.to_owned(),
+                |(_, name)| name.to_owned(),
+            );
+        let kernel = nix::sys::utsname::uname()
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            kernel,
+            cpu,
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            page_cache: "warm",
+            generated,
+            clips: clips.iter().map(|clip| Clip::read(clip)).collect(),
+        }
+    }
+}
+
+impl Clip {
+    fn read(path: &Path) -> Self {
+        let resolved = fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let found = Locator::with(|locator| {
+            let table = locator.table();
+            let mount = table.containing(&resolved).cloned();
+            let pid = mount
+                .as_ref()
+                .and_then(|mount| locator.locate(mount).ok())
+                .map(|located| located.daemon.pid);
+            Ok((mount, pid))
+        });
+        let (mount, pid) = found.unwrap_or((None, None));
+        let arguments = pid.and_then(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
+        Self {
+            path: path.to_string_lossy().into_owned(),
+            size: fs::metadata(path).map_or(0, |m| m.len()),
+            daemon: arguments
+                .unwrap_or_default()
+                .split(|&b| b == 0)
+                .filter(|argument| !argument.is_empty())
+                .map(|argument| String::from_utf8_lossy(argument).into_owned())
+                .collect(),
+            source: mount
+                .as_ref()
+                .map(|m| m.source.to_string_lossy().into_owned()),
+            read_only: mount.map(|m| m.read_only),
+        }
+    }
+}
