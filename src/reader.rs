@@ -26,8 +26,9 @@ use stats::Counters;
 
 /// How often a proof that could not be had, or has ended, is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// New proofs that one read may ask for before it goes through FUSE.
-const TRIES_PER_READ: u32 = 2;
+/// States that one read looks at before it goes through FUSE: a proof that
+/// has ended, what came in its place, and once more.
+const STATES_PER_READ: u32 = 4;
 
 /// A file on an rclone mount that is read past FUSE where that is proven to
 /// give the same bytes.
@@ -225,7 +226,7 @@ impl BypassFile {
 
     /// Reads at most one proven range; nothing through FUSE.
     fn read_proven(&self, buffer: &mut [u8], offset: u64) -> Outcome {
-        for _ in 0..TRIES_PER_READ {
+        for _ in 0..STATES_PER_READ {
             let state = self.state.load();
             let epoch = match &**state {
                 State::Active(epoch) => epoch,

@@ -144,7 +144,9 @@ impl Rig {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let mut command = self.command("serve.log")?;
         command
-            .args(["serve", "http", "--read-only", "--addr"])
+            // What changes in the folder is to be seen at once.
+            .args(["serve", "http", "--read-only", "--dir-cache-time=0s"])
+            .arg("--addr")
             .arg(format!("127.0.0.1:{port}"))
             .arg(self.source());
         let mut server = self.spawn(&mut command)?;

@@ -9,7 +9,7 @@ use crate::sys::coarse_ms;
 /// Bytes read ahead. Larger ones fall out of the CPU's second-level cache.
 const CAPACITY: usize = 256 << 10;
 /// Reads of at least this many bytes gain nothing from the copy.
-const SMALL: usize = 32 << 10;
+const SMALL: usize = 64 << 10;
 /// Buffered bytes are not returned once they are this old, milliseconds: as
 /// long as a proof may go without a look at the metadata.
 const MAX_AGE_MS: u64 = 1_000;

@@ -1,0 +1,51 @@
+# `make help` lists the targets. Everything but `build` wants root.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+CARGO_TARGET_DIR ?= target
+BIN := $(CARGO_TARGET_DIR)/release/vmafx-bypass
+PREFIX ?= /usr/local
+export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
+
+.PHONY: help setup build demo test test-unit lint doc bench deny install clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## install the Debian packages that are missing
+	scripts/setup.sh
+
+build: ## build the program, optimised
+	cargo build --release --locked
+
+demo: setup build ## show all of it on an rclone mount that it starts itself
+	scripts/demo.sh $(BIN)
+
+test: setup lint doc ## set up, and run every test; as root
+	cargo test --locked
+	cargo test --locked --no-default-features --lib --bins --test cli
+
+test-unit: ## run the tests that need no root
+	cargo test --locked --lib --bins --doc
+	cargo test --locked --test cli
+
+lint: ## check format and lints
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+
+doc: ## build the library's documentation, warnings denied
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --lib
+
+bench: setup build ## measure on a generated clip
+	$(BIN) bench --generate 100MiB
+
+deny: ## check licences, bans and sources of dependencies (needs cargo-deny)
+	cargo deny --all-features check licenses bans sources
+
+install: build ## install the program
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/vmafx-bypass
+
+clean: ## remove what was built
+	cargo clean
