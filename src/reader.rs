@@ -10,13 +10,16 @@ use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 pub use stats::ReadStats;
 
+use crate::cache::proof;
 use crate::cache::rclone::{self, Locator};
+use crate::mounts::Mount;
 use crate::optin::{self, OptIn};
 use crate::reason::{Reason, Refusal};
 use buffer::ReadAhead;
@@ -26,6 +29,8 @@ use stats::Counters;
 
 /// How often a proof that could not be had, or has ended, is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Failed proofs in a row that lengthen the time to the next: up to a minute.
+const MAX_DOUBLINGS: u32 = 6;
 /// States that one read looks at before it goes through FUSE: a proof that
 /// has ended, what came in its place, and once more.
 const STATES_PER_READ: u32 = 4;
@@ -65,6 +70,10 @@ pub struct BypassFile {
     state: ArcSwap<State>,
     /// Held while a proof is gathered, so that one thread does it.
     proving: Mutex<()>,
+    /// Proofs in a row that could not be had.
+    failures: AtomicU32,
+    /// Counts the states: what was read ahead under an older one is dropped.
+    generation: AtomicU64,
     counters: Counters,
     position: u64,
     ahead: ReadAhead,
@@ -90,10 +99,8 @@ impl BypassFile {
     }
 
     /// Takes a descriptor that the caller has opened through FUSE, and reads
-    /// past FUSE from now on. The descriptor's own offset is neither used nor moved.
-    ///
-    /// For the length of one 1-byte read the descriptor's open file description
-    /// has O_DIRECT set, which others who share it may notice as a slower read.
+    /// past FUSE from now on. The descriptor's own offset and flags are neither
+    /// used nor changed; where it was open already, its file is opened anew.
     ///
     /// # Errors
     /// Where the descriptor is not of a regular file that is open for reading.
@@ -108,26 +115,33 @@ impl BypassFile {
     pub fn open_fuse_only(path: impl AsRef<Path>) -> io::Result<Self> {
         let companion = Companion::open(path.as_ref())?;
         let refusal = Refusal::new(Reason::Disabled, "the caller asked for fuse alone");
-        Ok(Self::with_state(companion, never(refusal)))
+        Ok(Self::with_state(
+            companion,
+            never(refusal),
+            AtomicU32::new(0),
+        ))
     }
 
     fn new(companion: Companion) -> Self {
+        let failures = AtomicU32::new(0);
         let state = if optin::from_env() == OptIn::Killed {
             never(Refusal::new(
                 Reason::Disabled,
                 format!("{}=0", optin::VARIABLE),
             ))
         } else {
-            prove(&companion)
+            prove(&companion, &failures)
         };
-        Self::with_state(companion, state)
+        Self::with_state(companion, state, failures)
     }
 
-    fn with_state(companion: Companion, state: State) -> Self {
+    fn with_state(companion: Companion, state: State, failures: AtomicU32) -> Self {
         Self {
             companion,
             state: ArcSwap::from_pointee(state),
             proving: Mutex::new(()),
+            failures,
+            generation: AtomicU64::new(0),
             counters: Counters::default(),
             position: 0,
             ahead: ReadAhead::default(),
@@ -145,7 +159,7 @@ impl BypassFile {
     /// # Errors
     /// Those of fstat(2).
     pub fn size(&self) -> io::Result<u64> {
-        self.companion.size()
+        Ok(self.companion.metadata()?.len())
     }
 
     /// Why reads go through FUSE at the moment; `None` while proven ranges are
@@ -211,6 +225,15 @@ impl BypassFile {
 
     /// Reads from one range: proven, or not.
     fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        // No file goes beyond: pread(2) would answer EINVAL.
+        let limit = (i64::MAX as u64).saturating_sub(offset);
+        let length = buffer
+            .len()
+            .min(usize::try_from(limit).unwrap_or(usize::MAX));
+        let buffer = &mut buffer[..length];
+        if buffer.is_empty() {
+            return Ok(0);
+        }
         match self.read_proven(buffer, offset) {
             Outcome::Cache(n) => {
                 self.counters.add_cache(n);
@@ -238,7 +261,7 @@ impl BypassFile {
                     return Outcome::Fuse(buffer.len(), refusal.reason);
                 }
             };
-            match epoch.read(buffer, offset) {
+            match epoch.read(buffer, offset, &self.companion) {
                 Ok(outcome) => return outcome,
                 Err(refusal) => {
                     // At once for a new proof, since a metadata file that was
@@ -248,6 +271,7 @@ impl BypassFile {
                     let ended = Arc::new(State::Fuse { refusal, again });
                     // Where it fails, another thread has seen the end, too.
                     self.state.compare_and_swap(&*state, ended);
+                    self.generation.fetch_add(1, Ordering::Release);
                 }
             }
         }
@@ -261,7 +285,8 @@ impl BypassFile {
             return false;
         };
         if Arc::ptr_eq(&self.state.load(), old) {
-            self.state.store(Arc::new(prove(&self.companion)));
+            let state = prove(&self.companion, &self.failures);
+            self.state.store(Arc::new(state));
         }
         true
     }
@@ -275,17 +300,24 @@ fn never(refusal: Refusal) -> State {
     }
 }
 
-/// Gathers the facts and decides.
-fn prove(companion: &Companion) -> State {
+/// Gathers the facts and decides. `failures`: how many proofs in a row could
+/// not be had; each doubles the time to the next try, because a try looks the
+/// path up, for which rclone may ask a slow remote.
+fn prove(companion: &Companion, failures: &AtomicU32) -> State {
     match try_prove(companion) {
-        Ok(epoch) => State::Active(epoch),
+        Ok(epoch) => {
+            failures.store(0, Ordering::Relaxed);
+            State::Active(epoch)
+        }
         Err(refusal) => {
             let lasting = matches!(
                 refusal.reason,
-                Reason::NotFuse | Reason::NotRclone | Reason::WriteOpen
+                Reason::NotFuse | Reason::WriteOpen | Reason::Unsupported
             );
+            let doublings = failures.fetch_add(1, Ordering::Relaxed).min(MAX_DOUBLINGS);
+            let wait = RETRY_AFTER * (1 << doublings);
             State::Fuse {
-                again: (!lasting).then(|| Instant::now() + RETRY_AFTER),
+                again: (!lasting).then(|| Instant::now() + wait),
                 refusal,
             }
         }
@@ -293,38 +325,22 @@ fn prove(companion: &Companion) -> State {
 }
 
 fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
-    let path = companion.path();
-    let mount_id = companion.mount_id()?;
-    let (mount, located) = Locator::with(|locator| {
-        let table = locator.table();
-        let mount = table.by_id(mount_id).ok_or_else(|| {
-            Refusal::new(
-                Reason::NotFuse,
-                format!("`{}`: its mount is not in our mount table", path.display()),
-            )
-        })?;
-        if !mount.is_fuse() {
-            return Err(Refusal::new(
-                Reason::NotFuse,
-                format!("`{}` is on {}", path.display(), mount.fstype),
-            ));
-        }
-        if !mount.is_rclone() {
-            return Err(Refusal::new(
-                Reason::NotRclone,
-                format!("`{}` is on {}", path.display(), mount.fstype),
-            ));
-        }
-        let located = locator.locate(mount)?;
-        Ok((mount.clone(), located))
-    })?;
     if companion.is_writable() {
         return Err(Refusal::new(
             Reason::WriteOpen,
-            format!("`{}` is open for writing", path.display()),
+            format!("`{}` is open for writing", companion.path().display()),
         ));
     }
-    let inside = mount.inside(path).ok_or_else(|| {
+    let mount_id = companion.mount_id()?;
+    let path = companion.current_path()?;
+    let (mount, located) = Locator::with(|locator| {
+        let mount = find_mount(locator, mount_id, &path)?;
+        let located = locator.locate(&mount)?;
+        Ok((mount, located))
+    })?;
+    // Before anything is asked of rclone: for such a mount no answer helps.
+    proof::check_mount(located.read_only, located.shared_cache)?;
+    let inside = mount.inside(&path).ok_or_else(|| {
         Refusal::new(
             Reason::Ambiguous,
             format!(
@@ -334,8 +350,9 @@ fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
             ),
         )
     })?;
-    let gathered = rclone::gather(&located, path, &inside, |offset| companion.prime(offset))?;
-    let proof = crate::cache::proof::prove(&gathered.facts)?;
+    let prime = |offset| companion.prime(offset);
+    let gathered = rclone::gather(&located, &path, &inside, prime, |found| companion.is(found))?;
+    let proof = proof::prove(&gathered.facts)?;
     Ok(Epoch::new(
         proof,
         gathered.data,
@@ -344,8 +361,45 @@ fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
     ))
 }
 
+/// The rclone mount of this id. What the table says of it is checked against
+/// the kernel: a mount point moves without notice when a folder above it is
+/// renamed, and another mount may cover it.
+fn find_mount(locator: &mut Locator, id: u64, path: &Path) -> Result<Mount, Refusal> {
+    for reread in [false, true] {
+        if reread {
+            locator.reread()?;
+        }
+        let table = locator.table();
+        let Some(mount) = table.by_id(id) else {
+            continue;
+        };
+        if !mount.is_rclone() {
+            let reason = if mount.is_fuse() {
+                Reason::NotRclone
+            } else {
+                Reason::NotFuse
+            };
+            let detail = format!("`{}` is on {}", path.display(), mount.fstype);
+            return Err(Refusal::new(reason, detail));
+        }
+        if companion::mount_id_of(&mount.point) == Ok(id) {
+            return Ok(mount.clone());
+        }
+    }
+    Err(Refusal::new(
+        Reason::Ambiguous,
+        format!(
+            "`{}`: its mount is gone, covered or not ours to see",
+            path.display()
+        ),
+    ))
+}
+
 impl Read for BypassFile {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if out.is_empty() {
+            return Ok(0);
+        }
         let mut ahead = std::mem::take(&mut self.ahead);
         let result = ahead.read(self, out, self.position);
         self.ahead = ahead;

@@ -164,6 +164,11 @@ impl Rig {
         Ok(())
     }
 
+    /// Whether the next mount is to be read-only.
+    pub fn set_read_only(&mut self, read_only: bool) {
+        self.options.read_only = read_only;
+    }
+
     /// Mounts; the folder must not be mounted.
     ///
     /// # Errors

@@ -624,3 +624,200 @@ fn a_user_who_may_not_read_the_cache_gets_the_bytes_through_fuse() {
         assert!(text.contains("came through FUSE: permission"), "{text}");
     }
 }
+
+#[test]
+fn a_file_that_moved_with_its_mount_is_still_itself() {
+    need_root();
+    for rclone in rclones() {
+        // Alike to the byte in size and time; the folder's is another clip.
+        let (outer, inner) = (content(10, 4 * MIB), content(11, 4 * MIB));
+        let rig = rig_with(options(&rclone, &[]), |source| {
+            put(source, CLIP, &outer);
+            put(source, "x/clip", &inner);
+            let times = ["clip", "x/clip"].map(|name| source.join(name));
+            let touched = Command::new("touch")
+                .args(["-d", "2020-01-01"])
+                .args(times)
+                .status();
+            assert!(touched.unwrap().success());
+        });
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        rig.cache_whole(Path::new("x/clip")).unwrap();
+        // At P/x the mount shows the outer clip as P/x/clip; moved to P, that
+        // path is the inner one's.
+        let place = tempfile::tempdir().unwrap();
+        let sub = place.path().join("x");
+        let script = r#"mount --make-private "$1"; mkdir "$2"; mount --move "$1" "$2""#;
+        let mut moved = Command::new("sh");
+        moved
+            .args(["-ec", script, "sh"])
+            .arg(rig.mountpoint())
+            .arg(&sub);
+        let status = moved.output().unwrap();
+        assert!(status.status.success(), "{}", common::stderr(&status));
+        let file = BypassFile::open(sub.join(CLIP)).unwrap();
+        assert_eq!(file.refusal(), None);
+        let mut start = vec![0; MIB];
+        file.read_at(&mut start, 0).unwrap();
+        assert!(start == outer[..MIB]);
+        let mut again = Command::new("mount");
+        again.arg("--move").arg(&sub).arg(place.path());
+        assert!(again.status().unwrap().success());
+        let _held = fuse_range(&sub.join(CLIP), 0, 16);
+        // A rewrite of its metadata asks for another proof.
+        let metadata = walk(&rig.cache().join("vfsMeta"));
+        for path in metadata {
+            assert!(Command::new("touch").arg(path).status().unwrap().success());
+        }
+        std::thread::sleep(Duration::from_millis(1_200));
+        let read = read_all(&file);
+        drop(file);
+        assert!(
+            Command::new("umount")
+                .arg(place.path())
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert!(read == outer, "another clip's bytes");
+    }
+}
+
+#[test]
+fn a_remount_as_writable_is_noticed() {
+    need_root();
+    for rclone in rclones() {
+        let bytes = content(12, MIB);
+        let mut rig = rig_with(options(&rclone, &[]), |s| put(s, CLIP, &bytes));
+        drop(open_cached(&rig));
+        rig.unmount();
+        rig.set_read_only(false);
+        rig.mount().unwrap();
+        let file = open(&rig);
+        assert_eq!(file.refusal().unwrap().reason, Reason::Unsupported);
+        assert!(read_all(&file) == bytes);
+    }
+}
+
+#[test]
+fn a_second_link_of_the_cache_file_is_refused() {
+    each_rclone(MIB, &[], |rig, bytes| {
+        let file = open_cached(rig);
+        let data = cache_file(rig, "vfs", CLIP);
+        fs::hard_link(&data, rig.cache().join("link")).unwrap();
+        // An unlink by rclone would leave a link: the reader could not see it.
+        assert!(read_all(&file) == bytes);
+        assert_eq!(file.stats().cache_bytes, 0);
+        assert_eq!(open(rig).refusal().unwrap().reason, Reason::Unsupported);
+    });
+}
+
+#[test]
+fn a_clip_that_shrinks_at_the_remote_ends_where_fuse_says() {
+    each_rclone(
+        8 * MIB,
+        &["--dir-cache-time=1s", "--attr-timeout=1s"],
+        |rig, old| {
+            let file = open_cached(rig);
+            let mut tail = vec![0; 4096];
+            assert_eq!(file.read_at(&mut tail, 7 * MIB as u64).unwrap(), 4096);
+            let new = content(13, 4 * MIB);
+            replace_remote(rig, &new, "2031-01-01 00:00:00 UTC");
+            // Somebody looks at it, and nobody opens it.
+            eventually("the new size", || {
+                fs::metadata(clip(rig)).unwrap().len() == new.len() as u64
+            });
+            std::thread::sleep(Duration::from_millis(2_200));
+            assert_eq!(file.read_at(&mut tail, 7 * MIB as u64).unwrap(), 0);
+            drop(file);
+            assert!(read_all(&open(rig)) == new && old.len() > new.len());
+        },
+    );
+}
+
+#[test]
+fn a_rewritten_metadata_file_costs_no_fuse_read() {
+    each_rclone(4 * MIB, &[], |rig, bytes| {
+        let file = open_cached(rig);
+        // A proof that is younger than a second is not renewed at once.
+        std::thread::sleep(Duration::from_millis(1_100));
+        let path = cache_file(rig, "vfsMeta", CLIP);
+        assert!(Command::new("touch").arg(path).status().unwrap().success());
+        assert!(read_all(&file) == bytes);
+        assert_eq!(file.stats().fuse_bytes(), 0, "{:?}", file.stats());
+    });
+}
+
+#[test]
+fn a_symlink_to_the_cache_folder_is_followed() {
+    need_root();
+    for rclone in rclones() {
+        let bytes = content(14, MIB);
+        let real = tempfile::tempdir().unwrap();
+        let rig = rig_with(options(&rclone, &[]), |source| {
+            put(source, CLIP, &bytes);
+            let cache = source.parent().unwrap().join("cache");
+            fs::remove_dir(&cache).unwrap();
+            std::os::unix::fs::symlink(real.path(), cache).unwrap();
+        });
+        let file = open_cached(&rig);
+        assert!(read_all(&file) == bytes);
+        assert_eq!(file.stats().fuse_bytes(), 0);
+    }
+}
+
+#[test]
+fn an_rclone_of_another_namespace_on_the_same_cache_is_seen() {
+    each_rclone(MIB, &[], |rig, bytes| {
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let daemon = rig.daemon().unwrap();
+        let text = String::from_utf8(fs::read(format!("/proc/{daemon}/cmdline")).unwrap()).unwrap();
+        let own = rig.mountpoint().to_str().unwrap().to_owned();
+        let arguments = text
+            .split_terminator('\0')
+            .filter(|&a| a != "--read-only")
+            .map(|a| {
+                if a == own {
+                    other.path().to_str().unwrap()
+                } else {
+                    a
+                }
+            });
+        let mut hidden = Command::new("unshare")
+            .args(["-m", "--propagation", "private"])
+            .args(arguments)
+            .spawn()
+            .unwrap();
+        let seen = || fs::read_to_string(format!("/proc/{}/mountinfo", hidden.id()));
+        let point = other.path().to_str().unwrap().to_owned();
+        eventually("a hidden mount", || seen().unwrap().contains(&point));
+        // What was located before it came is looked at again with the table.
+        rig.unmount();
+        rig.mount().unwrap();
+        let file = open(rig);
+        let (refusal, read) = (file.refusal(), read_all(&file));
+        hidden.kill().unwrap();
+        hidden.wait().unwrap();
+        assert_eq!(refusal.unwrap().reason, Reason::Unsupported);
+        assert!(read == bytes);
+    });
+}
+
+#[test]
+fn a_user_without_ptrace_rights_reads_by_the_derived_path() {
+    each_rclone(MIB, &[], |rig, bytes| {
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        let output = Command::new("setpriv")
+            .args(["--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"])
+            .arg(env!("CARGO_BIN_EXE_vmafx-bypass"))
+            .args(["read", "--stats=json"])
+            .arg(clip(rig))
+            .output()
+            .unwrap();
+        let text = common::stderr(&output);
+        assert!(output.status.success(), "{text}");
+        assert!(output.stdout == bytes);
+        assert!(text.contains("\"cache_bytes\":1048576"), "{text}");
+    });
+}

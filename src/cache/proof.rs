@@ -12,6 +12,17 @@ pub struct Timestamp {
     pub nanos: u32,
 }
 
+impl Timestamp {
+    /// The modification time of a file.
+    pub fn modified(file: &std::fs::Metadata) -> Self {
+        use std::os::unix::fs::MetadataExt;
+        Self {
+            seconds: file.mtime(),
+            nanos: file.mtime_nsec() as u32,
+        }
+    }
+}
+
 /// What the cache's metadata says of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {
@@ -40,7 +51,8 @@ pub enum Tie {
     /// The daemon holds exactly this inode open for this name.
     HeldByDaemon,
     /// Opened by the path that the mount's source gives, and that path still
-    /// led to the same inode afterwards.
+    /// led to the same inode afterwards, by a daemon that was started with
+    /// `--vfs-cache-mode full`: with another mode it may not read the cache.
     DerivedPath,
     /// Opened by a derived path which then led elsewhere.
     PathMoved,
@@ -76,6 +88,8 @@ pub struct Facts {
 pub struct Proof {
     /// The file's size, bytes.
     pub size: u64,
+    /// Its modification time.
+    pub modified: Timestamp,
     /// What is present.
     pub ranges: Ranges,
 }
@@ -89,6 +103,21 @@ const SEEK_HOLE_FILE_SYSTEMS: [(i64, &str); 4] = [
     (0x0102_1994, "tmpfs"),
 ];
 
+/// The gates that concern the mount alone.
+///
+/// # Errors
+/// [`Reason::Unsupported`] for a mount on which nothing can be proven.
+pub fn check_mount(read_only: bool, shared_cache: bool) -> Result<(), Refusal> {
+    let refuse = |detail: &str| Err(Refusal::new(Reason::Unsupported, detail));
+    if !read_only {
+        return refuse("the mount is writable: nothing is proven yet for such mounts");
+    }
+    if shared_cache {
+        return refuse("another rclone uses the same cache for the same remote");
+    }
+    Ok(())
+}
+
 /// Decides what of a clip may be read from the cache.
 ///
 /// # Errors
@@ -96,18 +125,7 @@ const SEEK_HOLE_FILE_SYSTEMS: [(i64, &str); 4] = [
 pub fn prove(facts: &Facts) -> Result<Proof, Refusal> {
     let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
     let meta = &facts.metadata;
-    if !facts.read_only {
-        return refuse(
-            Reason::Unsupported,
-            "the mount is writable: nothing is proven yet for such mounts".into(),
-        );
-    }
-    if facts.shared_cache {
-        return refuse(
-            Reason::Unsupported,
-            "another rclone mount uses the same cache".into(),
-        );
-    }
+    check_mount(facts.read_only, facts.shared_cache)?;
     if !SEEK_HOLE_FILE_SYSTEMS
         .iter()
         .any(|(magic, _)| *magic == facts.data_fs)
@@ -122,6 +140,12 @@ pub fn prove(facts: &Facts) -> Result<Proof, Refusal> {
     }
     if facts.tie == Tie::PathMoved || facts.data_links == 0 {
         return refuse(Reason::Changed, "the cache file was replaced".into());
+    }
+    if facts.data_links > 1 {
+        return refuse(
+            Reason::Unsupported,
+            "the cache file has another hard link, which would hide its removal".into(),
+        );
     }
     if meta.dirty {
         return refuse(Reason::Dirty, "not uploaded yet".into());
@@ -163,6 +187,7 @@ pub fn prove(facts: &Facts) -> Result<Proof, Refusal> {
     }
     Ok(Proof {
         size: facts.fuse_size,
+        modified: facts.fuse_modified,
         ranges: meta.ranges.clone(),
     })
 }
@@ -209,12 +234,13 @@ mod tests {
     #[test]
     fn each_gate_refuses_by_itself() {
         type Break = fn(&mut Facts);
-        let cases: [(Reason, Break); 16] = [
+        let cases: [(Reason, Break); 17] = [
             (Reason::Unsupported, |f| f.read_only = false),
             (Reason::Unsupported, |f| f.shared_cache = true),
             (Reason::Unsupported, |f| f.data_fs = 0x6573_5546),
             (Reason::Changed, |f| f.tie = Tie::PathMoved),
             (Reason::Changed, |f| f.data_links = 0),
+            (Reason::Unsupported, |f| f.data_links = 2),
             (Reason::Dirty, |f| f.metadata.dirty = true),
             (Reason::SizeMismatch, |f| f.metadata.size = 99),
             (Reason::SizeMismatch, |f| f.data_size = 101),
@@ -250,7 +276,7 @@ mod tests {
         fn a_proof_implies_every_gate(
             read_only: bool, shared_cache: bool, dirty: bool,
             sizes in prop::array::uniform4(99u64..101),
-            links in 0u64..2,
+            links in 0u64..3,
             nanos in 4u32..6,
             tie in prop::sample::select(vec![Tie::HeldByDaemon, Tie::DerivedPath, Tie::PathMoved]),
             fs in prop::sample::select(vec![0xef53i64, 0x5846_5342, 0x6573_5546, 0]),
@@ -271,7 +297,7 @@ mod tests {
                 && !shared_cache
                 && !dirty
                 && sizes.iter().all(|s| *s == sizes[0])
-                && links > 0
+                && links == 1
                 && nanos == TIME.nanos
                 && tie != Tie::PathMoved
                 && fs != 0x6573_5546

@@ -1,6 +1,7 @@
 //! The buffer that makes small sequential reads cheap.
 
 use std::io;
+use std::sync::atomic::Ordering;
 
 use super::BypassFile;
 use super::epoch::Outcome;
@@ -23,6 +24,8 @@ pub(super) struct ReadAhead {
     /// Valid bytes.
     length: usize,
     filled_ms: u64,
+    /// The file's state that it was read under.
+    generation: u64,
     /// Where the last read ended: a read from there on is sequential.
     next: u64,
 }
@@ -35,6 +38,9 @@ impl ReadAhead {
         out: &mut [u8],
         position: u64,
     ) -> io::Result<usize> {
+        if self.generation != file.generation.load(Ordering::Acquire) {
+            self.length = 0;
+        }
         let mut n = self.copy(out, position);
         if n > 0 {
             file.counters.add_cache(n);
@@ -68,6 +74,7 @@ impl ReadAhead {
         self.bytes.resize(CAPACITY, 0);
         self.length = 0;
         self.filled_ms = coarse_ms();
+        self.generation = file.generation.load(Ordering::Acquire);
         self.start = position;
         if let Outcome::Cache(n) = file.read_proven(&mut self.bytes, position) {
             self.length = n;

@@ -3,19 +3,27 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use arc_swap::ArcSwap;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use rustix::fs::{AtFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::reason::{Reason, Refusal};
 
-/// The descriptor opened through FUSE, and the path the kernel gives for it.
+/// The descriptor opened through FUSE. Each proof but the first opens the same
+/// file anew, since rclone looks at the remote's version when a new handle is
+/// first read, and takes that one from then on.
 pub(super) struct Companion {
-    file: File,
+    file: ArcSwap<File>,
+    /// As the kernel gave it when the file was opened: for display.
     path: PathBuf,
-    flags: OFlag,
+    writable: bool,
+    /// Whether nobody has read through `file`, nor shares its description.
+    fresh: AtomicBool,
 }
 
 impl Companion {
@@ -26,20 +34,22 @@ impl Companion {
             .read(true)
             .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
             .open(path)?;
-        Self::new(file)
+        Self::new(file, path, true)
     }
 
     /// Takes a descriptor of a regular file that is open for reading.
     pub(super) fn from_fd(fd: OwnedFd) -> io::Result<Self> {
-        Self::new(File::from(fd))
+        let file = File::from(fd);
+        let link = link(&file);
+        Self::new(file, &link, false)
     }
 
-    fn new(file: File) -> io::Result<Self> {
+    fn new(file: File, path: &Path, fresh: bool) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if kind.is_dir() {
             return Err(io::Error::from(io::ErrorKind::IsADirectory));
         }
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+        let flags = flags(&file)?;
         let readable = flags & OFlag::O_ACCMODE != OFlag::O_WRONLY;
         if !kind.is_file() || !readable || flags.contains(OFlag::O_PATH) {
             return Err(io::Error::new(
@@ -47,55 +57,123 @@ impl Companion {
                 "not a regular file that is open for reading",
             ));
         }
-        let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        Ok(Self { file, path, flags })
+        Ok(Self {
+            // It has none where /proc is missing or the path is over long; the
+            // file is then read through FUSE alone, under the name given.
+            path: fs::read_link(link(&file)).unwrap_or_else(|_| path.to_path_buf()),
+            writable: flags & OFlag::O_ACCMODE != OFlag::O_RDONLY,
+            file: ArcSwap::from_pointee(file),
+            fresh: AtomicBool::new(fresh),
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn is_writable(&self) -> bool {
-        self.flags & OFlag::O_ACCMODE != OFlag::O_RDONLY
+    /// Where the file is now: mounts move, and so do folders.
+    pub(super) fn current_path(&self) -> Result<PathBuf, Refusal> {
+        let link = link(&self.file.load());
+        fs::read_link(&link).map_err(|e| {
+            Refusal::from_io(format_args!("`{}`", link.display()), &e, Reason::IoError)
+        })
     }
 
-    pub(super) fn size(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    pub(super) fn metadata(&self) -> io::Result<fs::Metadata> {
+        self.file.load().metadata()
+    }
+
+    /// Whether what was found by path is this very file.
+    pub(super) fn is(&self, found: &fs::Metadata) -> bool {
+        let identity = |m: &fs::Metadata| (m.dev(), m.ino());
+        self.metadata()
+            .is_ok_and(|own| identity(&own) == identity(found))
     }
 
     /// The id of the mount that the descriptor was opened on.
     pub(super) fn mount_id(&self) -> Result<u64, Refusal> {
-        let stat = rustix::fs::statx(&self.file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)
-            .map_err(|e| Refusal::new(Reason::IoError, format!("statx: {e}")))?;
-        // Linux 5.8; the floor is 5.15.
-        if StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::MNT_ID) {
-            Ok(stat.stx_mnt_id)
-        } else {
-            Err(Refusal::new(
-                Reason::Unsupported,
-                "the kernel does not tell which mount a file is on; linux 5.15 or newer is needed",
-            ))
-        }
+        let file = self.file.load();
+        let stat = rustix::fs::statx(&**file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID);
+        mount_id(&stat)
     }
 
-    /// Reads one byte past the page cache, so that rclone compares the remote's
-    /// version with its own and opens the cache file. A buffered read could be
-    /// answered by the kernel alone.
+    /// Opens the file anew and reads one byte past the page cache, so that
+    /// rclone compares the remote's version with its own and opens the cache
+    /// file; a buffered read could be answered by the kernel alone.
     pub(super) fn prime(&self, offset: u64) -> io::Result<()> {
-        let set = |flags: OFlag| fcntl(&self.file, FcntlArg::F_SETFL(flags));
-        set(self.flags | OFlag::O_DIRECT)?;
-        let read = self.read_at(&mut [0], offset);
-        set(self.flags)?;
-        read.map(drop)
+        let file = if self.fresh.swap(false, Ordering::Relaxed) {
+            // Not shared yet: its flags are ours to change.
+            let file = self.file.load_full();
+            set_direct(&file, true)?;
+            file
+        } else {
+            let anew = OpenOptions::new()
+                .read(true)
+                .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_DIRECT).bits())
+                .open(link(&self.file.load()))?;
+            Arc::new(anew)
+        };
+        let read = read_at(&file, &mut [0], offset);
+        set_direct(&file, false)?;
+        if read? != 1 {
+            let error = "the file ends before what the cache has of it";
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, error));
+        }
+        self.file.store(file);
+        Ok(())
     }
 
     /// pread(2), again when a signal interrupts it.
     pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        loop {
-            match self.file.read_at(buffer, offset) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
-            }
+        read_at(&self.file.load(), buffer, offset)
+    }
+}
+
+/// The id of the mount that an absolute path leads to, without asking FUSE.
+pub(super) fn mount_id_of(path: &Path) -> Result<u64, Refusal> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    mount_id(&rustix::fs::statx(CWD, path, flags, StatxFlags::MNT_ID))
+}
+
+fn mount_id(stat: &rustix::io::Result<rustix::fs::Statx>) -> Result<u64, Refusal> {
+    let stat = stat
+        .as_ref()
+        .map_err(|e| Refusal::new(Reason::IoError, format!("statx: {e}")))?;
+    // Linux 5.8; the floor is 5.15.
+    if StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::MNT_ID) {
+        Ok(stat.stx_mnt_id)
+    } else {
+        Err(Refusal::new(
+            Reason::Unsupported,
+            "the kernel does not tell which mount a file is on; linux 5.15 or newer is needed",
+        ))
+    }
+}
+
+fn link(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+fn flags(file: &File) -> io::Result<OFlag> {
+    Ok(OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?))
+}
+
+fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+    let mut flags = flags(file)?;
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
+}
+
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    loop {
+        match file.read_at(buffer, offset) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }
@@ -129,14 +207,32 @@ mod tests {
     }
 
     #[test]
-    fn a_prime_leaves_the_flags_as_they_were() {
+    fn a_prime_leaves_no_direct_flag_behind() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         fs::write(&path, "abc").unwrap();
-        let companion = Companion::open(&path).unwrap();
-        // Whether a local file system takes a 1-byte direct read differs.
-        let _ = companion.prime(0);
-        let flags = OFlag::from_bits_retain(fcntl(&companion.file, FcntlArg::F_GETFL).unwrap());
-        assert!(!flags.contains(OFlag::O_DIRECT));
+        let shared = File::open(&path).unwrap();
+        let own = Companion::open(&path).unwrap();
+        let taken = Companion::from_fd(shared.try_clone().unwrap().into()).unwrap();
+        for companion in [&own, &taken, &own] {
+            // Whether a local file system takes a 1-byte direct read differs.
+            let _ = companion.prime(0);
+            let direct = |file: &File| flags(file).unwrap().contains(OFlag::O_DIRECT);
+            assert!(!direct(&companion.file.load()) && !direct(&shared));
+        }
+    }
+
+    #[test]
+    fn the_path_follows_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+        fs::write(&old, "abc").unwrap();
+        let companion = Companion::open(&old).unwrap();
+        fs::rename(&old, &new).unwrap();
+        fs::write(&old, "other").unwrap();
+        let path = companion.current_path().unwrap();
+        assert!(path.ends_with("new"));
+        assert!(companion.is(&fs::metadata(&new).unwrap()));
+        assert!(!companion.is(&fs::metadata(&old).unwrap()));
     }
 }

@@ -12,7 +12,8 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use crate::cache::proof::Proof;
+use super::companion::Companion;
+use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
 use crate::cache::rclone::MetadataFile;
 use crate::reason::{Reason, Refusal};
@@ -40,11 +41,12 @@ pub(super) struct Epoch {
     data: File,
     path: PathBuf,
     size: u64,
+    modified: Timestamp,
     bytes: u64,
     pieces: Box<[Span]>,
     checked: Box<[AtomicU8]>,
     metadata: Mutex<MetadataFile>,
-    /// When the metadata was last seen unchanged, [`coarse_ms`].
+    /// When all was last seen unchanged, [`coarse_ms`].
     seen_ms: AtomicU64,
     since: Instant,
 }
@@ -56,6 +58,7 @@ impl Epoch {
             data,
             path,
             size: proof.size,
+            modified: proof.modified,
             bytes: proof.ranges.bytes(),
             checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
             pieces,
@@ -80,7 +83,12 @@ impl Epoch {
     /// Reads from the piece that `offset` is in, or says how much to read
     /// through FUSE. An error: the proof does not hold any more, and nothing
     /// was read.
-    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<Outcome, Refusal> {
+    pub(super) fn read(
+        &self,
+        buffer: &mut [u8],
+        offset: u64,
+        companion: &Companion,
+    ) -> Result<Outcome, Refusal> {
         let limit =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
         let index = match place(&self.pieces, offset) {
@@ -88,7 +96,7 @@ impl Epoch {
             // Beyond the end only FUSE knows whether the file has grown.
             Place::Before(next) => return Ok(Outcome::Fuse(limit(next), Reason::Partial)),
         };
-        if !self.check(index)? {
+        if !self.check(index, companion)? {
             return Ok(Outcome::Fuse(limit(self.pieces[index].end), Reason::Hole));
         }
         // Over as many pieces as are known to be present and adjoin.
@@ -111,12 +119,12 @@ impl Epoch {
     }
 
     /// Whether a piece may be read; an error where the proof has ended.
-    fn check(&self, index: usize) -> Result<bool, Refusal> {
+    fn check(&self, index: usize, companion: &Companion) -> Result<bool, Refusal> {
+        if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
+            self.check_again(companion)?;
+        }
         let state = self.checked[index].load(Ordering::Acquire);
         if state != UNCHECKED {
-            if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
-                self.check_metadata()?;
-            }
             return Ok(state == PRESENT);
         }
         self.check_metadata()?;
@@ -133,13 +141,27 @@ impl Epoch {
         Ok(present)
     }
 
-    fn check_metadata(&self) -> Result<(), Refusal> {
+    /// What is looked at once a second: the metadata, and FUSE's own view,
+    /// which may have become another's without the cache having been touched.
+    fn check_again(&self, companion: &Companion) -> Result<(), Refusal> {
         let now = coarse_ms();
+        self.check_metadata()?;
+        // An error means that the daemon is gone. What it had proven stays
+        // true as long as nobody touches the metadata or the data file.
+        if let Ok(fuse) = companion.metadata()
+            && (fuse.len() != self.size || Timestamp::modified(&fuse) != self.modified)
+        {
+            return Err(changed("is behind what FUSE shows"));
+        }
+        self.seen_ms.store(now, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn check_metadata(&self) -> Result<(), Refusal> {
         let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
         if !metadata.unchanged() {
             return Err(changed("has new metadata"));
         }
-        self.seen_ms.store(now, Ordering::Relaxed);
         Ok(())
     }
 
@@ -150,7 +172,8 @@ impl Epoch {
         let read = self.data.read_exact_at(buffer, offset);
         // Not `File::metadata`: its statx(2) costs a quarter more.
         let stat = rustix::fs::fstat(&self.data).map_err(|e| self.failed("fstat", e.into()))?;
-        if stat.st_nlink == 0 {
+        // A second link would hide that rclone has unlinked its own.
+        if stat.st_nlink != 1 {
             return Err(changed("was unlinked"));
         }
         if stat.st_size as u64 != self.size {

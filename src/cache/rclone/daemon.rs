@@ -7,6 +7,8 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 use crate::mounts::Mount;
 use crate::reason::{Reason, Refusal};
 use crate::sys::start_time;
@@ -50,8 +52,11 @@ impl Daemon {
                 Ok(connections) if connections.contains(&mount.dev.minor()) => found.push(pid),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => hidden += 1,
-                // It has exited.
-                Err(_) => {}
+                Err(e) if exited(&e) => {}
+                Err(e) => {
+                    let what = format_args!("descriptors of pid {pid}");
+                    return Err(Refusal::from_io(what, &e, Reason::IoError));
+                }
             }
         }
         if found.is_empty() {
@@ -96,14 +101,16 @@ impl Daemon {
     /// What to put before an absolute path of the daemon's, so that it leads
     /// to the same file here: nothing where both see the same file systems.
     pub(super) fn root(&self) -> PathBuf {
-        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let pid = self.pid.to_string();
-        let same_namespace = namespace("self").is_some_and(|own| Some(own) == namespace(&pid));
-        let own_root = fs::read_link(format!("/proc/{pid}/root"));
-        if same_namespace && own_root.is_ok_and(|r| r == Path::new("/")) {
-            PathBuf::new()
-        } else {
-            PathBuf::from(format!("/proc/{pid}/root"))
+        let pid = self.pid;
+        let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+        let root = fs::read_link(format!("/proc/{pid}/root"));
+        match (namespace("self"), namespace(&pid.to_string()), root) {
+            (Ok(own), Ok(its), Ok(root)) if own != its || root != Path::new("/") => {
+                PathBuf::from(format!("/proc/{pid}/root"))
+            }
+            // Where it may not be asked, its paths can only be tried as ours;
+            // the proof's gates tell if they lead to something else.
+            _ => PathBuf::new(),
         }
     }
 }
@@ -142,6 +149,19 @@ impl Start {
         (!value.is_empty()).then(|| value.clone())
     }
 
+    /// The names of remotes among the arguments, without connection strings
+    /// and hashes: `web` of `web:sub` and of `web,opt=1:`, `:http` of `:http,url=…:`.
+    pub(super) fn remotes(&self) -> impl Iterator<Item = &[u8]> {
+        let arguments = self.arguments.iter().skip(1).map(|a| a.as_bytes());
+        arguments.filter(|a| !a.starts_with(b"-")).map(|argument| {
+            if argument.starts_with(b"/") || argument.starts_with(b".") {
+                b"local"
+            } else {
+                base_name(argument)
+            }
+        })
+    }
+
     /// The cache folder, absolute in the daemon's eyes (fs/config/config.go,
     /// `makeCacheDir`).
     ///
@@ -177,6 +197,13 @@ impl Start {
     }
 }
 
+/// A remote's name up to its options, hash or path.
+pub(super) fn base_name(name: &[u8]) -> &[u8] {
+    let rest = name.get(1..).unwrap_or_default();
+    let end = rest.iter().position(|b| b":,{".contains(b));
+    end.map_or(name, |end| &name[..=end])
+}
+
 /// Resolves `.` and `..` by the text alone, as Go's filepath.Clean does.
 fn normalize(path: &Path) -> PathBuf {
     use std::path::Component;
@@ -200,14 +227,26 @@ fn pids() -> io::Result<Vec<u32>> {
         .collect())
 }
 
+/// Whether an error from /proc means that the process or descriptor is gone.
+fn exited(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+}
+
 /// The FUSE connections (minor device numbers) whose `/dev/fuse` a process holds.
 fn fuse_connections(pid: u32) -> io::Result<Vec<u32>> {
     let mut connections = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        if fs::read_link(entry.path()).is_ok_and(|to| to == Path::new("/dev/fuse")) {
-            let fd = entry.file_name();
-            let info = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(fd));
-            connections.extend(info.unwrap_or_default().lines().filter_map(|line| {
+        let target = match fs::read_link(entry.path()) {
+            Err(e) if exited(&e) => continue,
+            target => target?,
+        };
+        if target == Path::new("/dev/fuse") {
+            let info = Path::new(&format!("/proc/{pid}/fdinfo")).join(entry.file_name());
+            let info = match fs::read_to_string(info) {
+                Err(e) if exited(&e) => continue,
+                info => info?,
+            };
+            connections.extend(info.lines().filter_map(|line| {
                 let number = line.strip_prefix("fuse_connection:")?;
                 number.trim().parse::<u32>().ok()
             }));
@@ -237,18 +276,47 @@ fn parse_environ(bytes: &[u8]) -> BTreeMap<OsString, OsString> {
         .collect()
 }
 
+fn program_name(arguments: &[OsString]) -> &[u8] {
+    let program = arguments.first().map(Path::new);
+    let name = program.and_then(Path::file_name);
+    name.map_or(b"", OsStrExt::as_bytes)
+}
+
+/// `rclone mount`, or `mount.rclone` as mount(8) calls it.
+fn is_mounting_rclone(arguments: &[OsString]) -> bool {
+    let name = program_name(arguments);
+    let commands: [&OsStr; 3] = ["mount".as_ref(), "mount2".as_ref(), "cmount".as_ref()];
+    let mounts = || {
+        arguments
+            .iter()
+            .skip(1)
+            .any(|a| commands.contains(&a.as_os_str()))
+    };
+    name == b"mount.rclone" || (name.starts_with(b"rclone") && mounts())
+}
+
+/// Processes that look like an rclone of any command.
+pub(super) fn all_rclones() -> Vec<Daemon> {
+    let is_rclone = |pid: &u32| {
+        arguments(*pid).is_ok_and(|a| {
+            let name = program_name(&a);
+            name.starts_with(b"rclone") || name == b"mount.rclone"
+        })
+    };
+    let pids = pids().unwrap_or_default();
+    pids.into_iter()
+        .filter(is_rclone)
+        .filter_map(Daemon::new)
+        .collect()
+}
+
 /// Whether a process looks like `rclone mount … POINT`.
 fn serves_by_arguments(pid: u32, point: &Path) -> bool {
     let Ok(arguments) = arguments(pid) else {
         return false;
     };
     let folder = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-    let is_rclone = arguments.first().is_some_and(|program| {
-        Path::new(program)
-            .file_name()
-            .is_some_and(|name| name.as_bytes().starts_with(b"rclone"))
-    });
-    is_rclone
+    is_mounting_rclone(&arguments)
         && arguments
             .iter()
             .skip(1)

@@ -1,10 +1,12 @@
 //! Gathers the facts of a proof, in the order that the protocol asks for.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 
@@ -42,7 +44,8 @@ pub(super) fn advisory(located: &Located, inside: &Path) -> Result<Ranges, Refus
 /// Gathers the facts of a clip: `path` by which FUSE shows it, `inside` its
 /// path inside the mount. `prime` reads one byte at the given offset through
 /// FUSE, past the page cache, so that rclone checks the file's version and
-/// opens its cache file.
+/// opens its cache file; `is_companion` tells whether what `path` leads to is
+/// the file that the caller reads.
 ///
 /// # Errors
 /// The first fact that cannot be had.
@@ -51,6 +54,7 @@ pub(crate) fn gather(
     path: &Path,
     inside: &Path,
     prime: impl FnOnce(u64) -> io::Result<()>,
+    is_companion: impl FnOnce(&fs::Metadata) -> bool,
 ) -> Result<Gathered, Refusal> {
     let offset = advisory(located, inside)?.first().unwrap_or(0);
     prime(offset).map_err(|e| {
@@ -63,6 +67,12 @@ pub(crate) fn gather(
     // By path, not by descriptor: only a lookup brings new attributes.
     let fuse = fs::metadata(path)
         .map_err(|e| Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::Changed))?;
+    if !is_companion(&fuse) {
+        return Err(Refusal::new(
+            Reason::Changed,
+            format!("`{}` leads to another file by now", path.display()),
+        ));
+    }
     let (data, held) = open_data(located, inside)?;
     // The metadata after the data: one written for a file that did not exist
     // yet would otherwise vouch for the empty file that came after it.
@@ -84,10 +94,7 @@ pub(crate) fn gather(
             read_only: located.read_only,
             shared_cache: located.shared_cache,
             fuse_size: fuse.size(),
-            fuse_modified: Timestamp {
-                seconds: fuse.mtime(),
-                nanos: fuse.mtime_nsec() as u32,
-            },
+            fuse_modified: Timestamp::modified(&fuse),
             tie,
             data_size: stat.size(),
             data_links: stat.nlink(),
@@ -109,27 +116,28 @@ fn data_stat(data: &File, path: &Path) -> Result<fs::Metadata, Refusal> {
 /// the derived path, and `false`.
 fn open_data(located: &Located, inside: &Path) -> Result<(File, bool), Refusal> {
     let daemon = located.daemon.pid;
-    let wanted = located.daemon_data_path(inside);
+    let path = located.data_path(inside);
     let refuse = |reason, what| {
-        let detail = format!("pid {daemon} {what} `{}`", wanted.display());
+        let detail = format!("pid {daemon} {what} `{}`", path.display());
         Err(Refusal::new(reason, detail))
     };
-    match held_by_daemon(daemon, &wanted) {
+    match held_by_daemon(located, inside) {
         Ok(Held::One(file)) => Ok((file, true)),
         Ok(Held::None) => refuse(Reason::NoCacheFile, "does not have open"),
         Ok(Held::Deleted) => refuse(Reason::Changed, "still reads a deleted"),
         Ok(Held::Several) => refuse(Reason::Ambiguous, "has several files named"),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-            let path = located.data_path(inside);
-            open_read_only(&path)
-                .map(|file| (file, false))
-                .map_err(|e| {
-                    let otherwise = match e.kind() {
-                        io::ErrorKind::NotFound => Reason::NoCacheFile,
-                        _ => Reason::IoError,
-                    };
-                    Refusal::from_io(format_args!("`{}`", path.display()), &e, otherwise)
-                })
+            if !located.cache_mode_full {
+                return refuse(Reason::Permission, "does not show whether it reads");
+            }
+            let missing = |e: io::Error| {
+                let otherwise = match e.kind() {
+                    io::ErrorKind::NotFound => Reason::NoCacheFile,
+                    _ => Reason::IoError,
+                };
+                Refusal::from_io(format_args!("`{}`", path.display()), &e, otherwise)
+            };
+            Ok((open_read_only(&path).map_err(missing)?, false))
         }
         Err(e) => Err(Refusal::from_io(
             format_args!("descriptors of pid {daemon}"),
@@ -154,21 +162,27 @@ enum Held {
     Several,
 }
 
-/// Looks for the data file among the daemon's descriptors. Several descriptors
-/// of one inode count as one.
-fn held_by_daemon(pid: u32, wanted: &Path) -> io::Result<Held> {
+/// Looks for the data file among the daemon's descriptors: below a `vfs`
+/// folder of the mount's own cache folder, whatever symlinks led there. Several
+/// descriptors of one inode count as one.
+fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
+    let tail = located.tail(inside);
     let mut found: Option<(File, (u64, u64))> = None;
-    let mut deleted = wanted.as_os_str().to_os_string();
-    deleted.push(" (deleted)");
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let Ok(target) = fs::read_link(entry.path()) else {
+    for entry in fs::read_dir(format!("/proc/{}/fd", located.daemon.pid))?.flatten() {
+        let target = match fs::read_link(entry.path()) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
+            // It was closed.
+            Err(_) => continue,
+            Ok(target) => target,
+        };
+        let Some((cache, deleted)) = split_tail(&target, &tail) else {
             continue;
         };
-        if target.as_os_str() == deleted {
-            return Ok(Held::Deleted);
-        }
-        if target != wanted {
+        if !located.is_cache(&cache) {
             continue;
+        }
+        if deleted {
+            return Ok(Held::Deleted);
         }
         // Through /proc it is the file itself, whatever its path leads to by
         // now. The number may have been reused since, so ask what was opened.
@@ -176,7 +190,7 @@ fn held_by_daemon(pid: u32, wanted: &Path) -> io::Result<Held> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             opened => opened?,
         };
-        if fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))? != wanted {
+        if fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))? != target {
             continue;
         }
         let stat = file.metadata()?;
@@ -188,4 +202,34 @@ fn held_by_daemon(pid: u32, wanted: &Path) -> io::Result<Held> {
         }
     }
     Ok(found.map_or(Held::None, |(file, _)| Held::One(file)))
+}
+
+/// The cache folder of a descriptor's target that ends in the clip's name, and
+/// whether the file is deleted.
+fn split_tail(target: &Path, tail: &Path) -> Option<(PathBuf, bool)> {
+    let strip = |target: &[u8]| {
+        let cache = target.strip_suffix(tail.as_os_str().as_bytes())?;
+        let cache = cache.strip_suffix(b"/")?;
+        Some(PathBuf::from(OsStr::from_bytes(cache)))
+    };
+    let bytes = target.as_os_str().as_bytes();
+    let deleted = || Some((strip(bytes.strip_suffix(b" (deleted)")?)?, true));
+    strip(bytes).map(|cache| (cache, false)).or_else(deleted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_whole_components() {
+        let split = |target: &str| split_tail(Path::new(target), Path::new("vfs/web/a b"));
+        let cache = |deleted| Some((PathBuf::from("/c"), deleted));
+        assert_eq!(split("/c/vfs/web/a b"), cache(false));
+        assert_eq!(split("/c/vfs/web/a b (deleted)"), cache(true));
+        assert_eq!(split("/c/xvfs/web/a b"), None);
+        assert_eq!(split("/c/vfs/web/xa b"), None);
+        assert_eq!(split("/c/vfs/web/a b/c"), None);
+        assert_eq!(split("socket:[1]"), None);
+    }
 }

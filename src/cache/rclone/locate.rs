@@ -1,16 +1,16 @@
 //! From a mount to its cache folders.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::daemon::{Daemon, Start};
+use super::daemon::{Daemon, Start, all_rclones, base_name};
 use crate::mounts::{Dev, Mount, MountTable, split_source};
 use crate::reason::{Reason, Refusal};
 
@@ -23,6 +23,8 @@ pub struct Located {
     pub read_only: bool,
     /// Whether another rclone mount uses the same cache folders.
     pub shared_cache: bool,
+    /// Whether the daemon was started with `--vfs-cache-mode full`.
+    pub(super) cache_mode_full: bool,
     /// What comes before the daemon's absolute paths to reach them from here.
     daemon_root: PathBuf,
     /// The cache folder in the daemon's eyes.
@@ -51,11 +53,12 @@ impl Located {
         }
         let cache = start.cache_folder()?;
         let daemon_root = daemon.root();
-        let (name, _) = split_source(&mount.source);
-        let shared_cache = shares_cache(mount, table, &name, &under(&daemon_root, &cache));
+        let shared_cache = shares_cache(mount, table, &daemon, &under(&daemon_root, &cache));
+        let mode = start.option("vfs-cache-mode");
         Ok(Self {
             read_only: mount.read_only,
             shared_cache,
+            cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
             daemon_root,
             cache,
             remote: remote_folder(mount),
@@ -63,16 +66,22 @@ impl Located {
         })
     }
 
-    /// The data file of a clip as the daemon names it. `inside` is its path
-    /// inside the mount.
-    pub(super) fn daemon_data_path(&self, inside: &Path) -> PathBuf {
-        self.cache.join("vfs").join(&self.remote).join(inside)
+    /// The data file of a clip below the cache folder.
+    pub(super) fn tail(&self, inside: &Path) -> PathBuf {
+        Path::new("vfs").join(&self.remote).join(inside)
     }
 
-    /// The data file of a clip, as it can be opened here.
+    /// Whether a folder, in the daemon's eyes, is the cache folder.
+    pub(super) fn is_cache(&self, folder: &Path) -> bool {
+        let own = identity(&under(&self.daemon_root, &self.cache));
+        own.is_some() && identity(&under(&self.daemon_root, folder)) == own
+    }
+
+    /// The data file of a clip, as it can be opened here. `inside` is its path
+    /// inside the mount.
     #[must_use]
     pub fn data_path(&self, inside: &Path) -> PathBuf {
-        under(&self.daemon_root, &self.daemon_data_path(inside))
+        under(&self.daemon_root, &self.cache.join(self.tail(inside)))
     }
 
     /// The metadata file of a clip, as it can be opened here.
@@ -110,28 +119,53 @@ fn under(root: &Path, path: &Path) -> PathBuf {
     }
 }
 
-/// Whether another rclone superblock has the same remote in the same cache
-/// folder; a mount of which that cannot be said counts as one that does.
-fn shares_cache(mount: &Mount, table: &MountTable, name: &OsString, cache: &Path) -> bool {
-    let identity = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-    let own = identity(cache);
-    table
-        .iter()
-        .filter(|other| other.is_rclone() && other.dev != mount.dev)
-        .any(|other| {
-            let Ok((daemon, start)) =
-                Daemon::find(other).and_then(|d| start_of(&d).map(|start| (d, start)))
-            else {
-                return split_source(&other.source).0 == *name;
-            };
-            if start.option("devname").is_none() && split_source(&other.source).0 != *name {
-                return false;
-            }
-            match start.cache_folder() {
-                Ok(folder) => own.is_none() || identity(&under(&daemon.root(), &folder)) == own,
-                Err(_) => true,
-            }
+/// Whether another rclone has the same remote in the same cache folder: one
+/// whose mount is seen here, or any process that names the remote among its
+/// arguments (`serve`, or a mount in another namespace). One of which that
+/// cannot be said counts as one that does.
+fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -> bool {
+    let (name, _) = split_source(&mount.source);
+    let name = base_name(name.as_bytes());
+    let Some(own_cache) = identity(cache) else {
+        // It cannot be read in any case, which a later step tells.
+        return false;
+    };
+    let same_cache = |daemon: &Daemon, start: &Start| {
+        let folder = start.cache_folder().ok();
+        let found = folder.and_then(|folder| identity(&under(&daemon.root(), &folder)));
+        found.is_none_or(|other| other == own_cache)
+    };
+    let mounts = table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev);
+    for other in mounts {
+        let (other_name, _) = split_source(&other.source);
+        let same_name = base_name(other_name.as_bytes()) == name;
+        let found = Daemon::find(other).and_then(|d| start_of(&d).map(|start| (d, start)));
+        let (daemon, start) = match found {
+            Ok(found) => found,
+            // A mount that nobody serves any more.
+            Err(refusal) if refusal.reason == Reason::NotRclone => continue,
+            Err(_) if same_name => return true,
+            Err(_) => continue,
+        };
+        let hidden = start.option("devname").is_some();
+        if (same_name || hidden) && same_cache(&daemon, &start) {
+            return true;
+        }
+    }
+    all_rclones().iter().filter(|d| *d != own).any(|daemon| {
+        start_of(daemon).is_ok_and(|start| {
+            start.remotes().any(|remote| remote == name) && same_cache(daemon, &start)
         })
+    })
+}
+
+/// A folder's device and inode, by whichever path it is reached.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+fn no_mountinfo(error: std::io::Error) -> Refusal {
+    Refusal::from_io("`/proc/self/mountinfo`", &error, Reason::IoError)
 }
 
 /// The mount table and what was located on it, kept until the table changes or
@@ -155,31 +189,44 @@ impl Locator {
     /// Runs `f` on this process's locator, refreshed.
     ///
     /// # Errors
-    /// [`Reason::IoError`] where /proc is not mounted.
+    /// [`Reason::IoError`] where /proc is not mounted, and those of `f`.
     pub fn with<T>(f: impl FnOnce(&mut Self) -> Result<T, Refusal>) -> Result<T, Refusal> {
         static SHARED: OnceLock<Mutex<Option<Locator>>> = OnceLock::new();
         let mut shared = SHARED
             .get_or_init(Mutex::default)
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let no_proc = |e| Refusal::from_io("`/proc/self/mountinfo`", &e, Reason::IoError);
-        let locator = match &mut *shared {
-            Some(locator) => {
-                locator.refresh().map_err(no_proc)?;
-                locator
-            }
-            empty => empty.insert(Self::new().map_err(no_proc)?),
-        };
-        f(locator)
+        // Taken out while it is refreshed: asking for changes consumes them,
+        // so that a table which then could not be read must not come back.
+        let locator = match shared.take() {
+            Some(mut locator) => locator.refresh().map(|()| locator),
+            None => Self::new().map_err(no_mountinfo),
+        }?;
+        f(shared.insert(locator))
     }
 
     /// Reads the table again if the kernel says that it has changed: mountinfo
     /// is then readable with priority (proc_pid_mountinfo(5)).
-    fn refresh(&mut self) -> std::io::Result<()> {
+    fn refresh(&mut self) -> Result<(), Refusal> {
         let mut fds = [PollFd::new(self.changes.as_fd(), PollFlags::POLLPRI)];
-        if poll(&mut fds, PollTimeout::ZERO)? > 0 {
-            *self = Self::new()?;
+        let changed = poll(&mut fds, PollTimeout::ZERO).map_err(|e| no_mountinfo(e.into()))?;
+        if changed > 0 { self.reread() } else { Ok(()) }
+    }
+
+    /// Reads the table again. What was located stays as long as the rclone
+    /// mounts are the same: most changes are of other mounts.
+    ///
+    /// # Errors
+    /// [`Reason::IoError`] where /proc is not mounted.
+    pub fn reread(&mut self) -> Result<(), Refusal> {
+        let table = MountTable::read().map_err(no_mountinfo)?;
+        let rclones = |table: &MountTable| -> Vec<Mount> {
+            table.iter().filter(|m| m.is_rclone()).cloned().collect()
+        };
+        if rclones(&table) != rclones(&self.table) {
+            self.located.clear();
         }
+        self.table = Arc::new(table);
         Ok(())
     }
 

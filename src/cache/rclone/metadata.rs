@@ -182,6 +182,8 @@ pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
 
 /// One attempt; `None` where the content was not stable or not complete.
 fn read_once(path: &Path) -> io::Result<Option<(Vec<u8>, Stamp, bool)>> {
+    // The clock first: time that passes while reading must not hide a race.
+    let now = now_ns();
     let file = File::open(path)?;
     let before = Stamp::from(&file.metadata()?);
     if before.size > MAX_BYTES {
@@ -199,7 +201,7 @@ fn read_once(path: &Path) -> io::Result<Option<(Vec<u8>, Stamp, bool)>> {
         && Stamp::from(&file.metadata()?) == before
         && Stamp::from(&fs::metadata(path)?) == before
         && first.trim_ascii_end().last() == Some(&b'}');
-    let racy = is_racy(before.modified, now_ns());
+    let racy = is_racy(before.modified, now);
     Ok(stable.then_some((first, before, racy)))
 }
 
