@@ -4,7 +4,7 @@
 //! `bench --generate` and the tests run on it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -245,10 +245,30 @@ impl Rig {
     /// # Errors
     /// Of reading, or where it is not cached in 20 seconds.
     pub fn cache_whole(&self, name: &Path) -> io::Result<()> {
+        self.cache_whole_unless(name, || false)
+    }
+
+    /// As [`cache_whole`](Self::cache_whole), unless `stop` says to.
+    ///
+    /// # Errors
+    /// Likewise; `Interrupted` after a stop.
+    pub fn cache_whole_unless(&self, name: &Path, stop: impl Fn() -> bool) -> io::Result<()> {
         let path = self.mountpoint().join(name);
-        io::copy(&mut File::open(&path)?, &mut io::sink())?;
+        let go_on = || {
+            if stop() {
+                return Err(io::Error::from(io::ErrorKind::Interrupted));
+            }
+            Ok(())
+        };
+        let mut file = File::open(&path)?;
+        let mut block = vec![0; 1 << 20];
+        while file.read(&mut block)? > 0 {
+            go_on()?;
+        }
+        drop(file);
         let size = fs::metadata(&path)?.len();
         let cached = wait_until(|| {
+            go_on()?;
             let located = Locator::with(|locator| {
                 let table = locator.table();
                 let mount = table.containing(&path).cloned();

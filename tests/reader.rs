@@ -821,3 +821,37 @@ fn a_user_without_ptrace_rights_reads_by_the_derived_path() {
         assert!(text.contains("\"cache_bytes\":1048576"), "{text}");
     });
 }
+
+#[test]
+fn a_full_disk_leaves_no_output_behind() {
+    each_rclone(4 * MIB, &[], |rig, _| {
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        let disk = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+            .arg(disk.path());
+        assert!(mount.status().unwrap().success());
+        let target = disk.path().join("out");
+        fs::write(&target, "before").unwrap();
+        let output = common::run(&[
+            "read",
+            clip(rig).to_str().unwrap(),
+            "-o",
+            target.to_str().unwrap(),
+        ]);
+        let (kept, left) = (
+            fs::read(&target).unwrap(),
+            fs::read_dir(disk.path()).unwrap().count(),
+        );
+        assert!(
+            Command::new("umount")
+                .arg(disk.path())
+                .status()
+                .unwrap()
+                .success()
+        );
+        common::assert_fails(&output, 1, "No space left on device");
+        assert_eq!((kept, left), (b"before".to_vec(), 1));
+    });
+}

@@ -4,7 +4,7 @@ mod environment;
 mod report;
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -37,7 +37,9 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
             "generating, serving, mounting and caching a clip of {}",
             human_bytes(size.0)
         ));
-        let made = generate(&args.rclone, size.0)?;
+        let Some(made) = generate(&args.rclone, size.0, &interrupted)? else {
+            return Ok(stopped(&interrupted));
+        };
         plan.clips = vec![made.mountpoint().join(CLIP)];
         rig = Some(made);
     }
@@ -180,21 +182,35 @@ fn check_gates(gates: &[Gate], plan: &Plan) -> Result<()> {
 /// The generated clip's name.
 const CLIP: &str = "clip.y4m";
 
-/// Serves, mounts and caches a clip of random bytes.
-fn generate(rclone: &Path, size: u64) -> Result<Rig> {
+/// Serves, mounts and caches a clip of random bytes; `None` when interrupted.
+fn generate(rclone: &Path, size: u64, interrupted: &Interrupted) -> Result<Option<Rig>> {
     let options = RigOptions {
         rclone: PathBuf::from(rclone),
         ..RigOptions::default()
     };
     let fill = |source: &Path| {
         let mut clip = BufWriter::new(File::create(source.join(CLIP))?);
-        let mut random = io::Read::take(File::open("/dev/urandom")?, size);
-        io::copy(&mut random, &mut clip)?;
+        let mut random = File::open("/dev/urandom")?;
+        let mut left = size;
+        while left > 0 {
+            if interrupted.exit().is_some() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let part = left.min(16 << 20);
+            io::copy(&mut random.by_ref().take(part), &mut clip)?;
+            left -= part;
+        }
         clip.flush()
     };
-    let rig =
-        Rig::start(options, fill).map_err(|e| Coded::error(Exit::Environment, e.to_string()))?;
-    rig.cache_whole(Path::new(CLIP))
-        .context("caching the generated clip")?;
-    Ok(rig)
+    let made = Rig::start(options, fill)
+        .map_err(|e| Coded::error(Exit::Environment, e.to_string()))
+        .and_then(|rig| {
+            rig.cache_whole_unless(Path::new(CLIP), || interrupted.exit().is_some())
+                .context("caching the generated clip")?;
+            Ok(rig)
+        });
+    match made {
+        Err(_) if interrupted.exit().is_some() => Ok(None),
+        made => made.map(Some),
+    }
 }

@@ -199,10 +199,10 @@ impl Tracking {
         serde_json::from_slice(&output.stdout).expect("one JSON document")
     }
 
-    /// Kills it; it leaves its pins, and stays a zombie until it is dropped.
+    /// Kills it; it leaves its pins.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
-        while self.next().is_some() {}
+        self.child.wait().unwrap();
     }
 
     /// Ends it by a signal; the lines left, the summary last.
