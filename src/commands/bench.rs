@@ -197,7 +197,7 @@ fn generate(rclone: &Path, size: u64, interrupted: &Interrupted) -> Result<Optio
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let part = left.min(16 << 20);
-            io::copy(&mut random.by_ref().take(part), &mut clip)?;
+            io::copy(&mut Read::by_ref(&mut random).take(part), &mut clip)?;
             left -= part;
         }
         clip.flush()
