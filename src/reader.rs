@@ -98,6 +98,12 @@ impl BypassFile {
         Ok(Self::new(Companion::open(path.as_ref())?))
     }
 
+    /// As [`open`](Self::open), also where the opt-in switches every bypass
+    /// off: for measuring what that costs.
+    pub(crate) fn open_to_measure(path: &Path) -> io::Result<Self> {
+        Ok(Self::proven(Companion::open(path)?))
+    }
+
     /// Takes a descriptor that the caller has opened through FUSE, and reads
     /// past FUSE from now on. The descriptor's own offset and flags are neither
     /// used nor changed; where it was open already, its file is opened anew.
@@ -123,15 +129,16 @@ impl BypassFile {
     }
 
     fn new(companion: Companion) -> Self {
+        if optin::from_env() == OptIn::Killed {
+            let refusal = Refusal::new(Reason::Disabled, format!("{}=0", optin::VARIABLE));
+            return Self::with_state(companion, never(refusal), AtomicU32::new(0));
+        }
+        Self::proven(companion)
+    }
+
+    fn proven(companion: Companion) -> Self {
         let failures = AtomicU32::new(0);
-        let state = if optin::from_env() == OptIn::Killed {
-            never(Refusal::new(
-                Reason::Disabled,
-                format!("{}=0", optin::VARIABLE),
-            ))
-        } else {
-            prove(&companion, &failures)
-        };
+        let state = prove(&companion, &failures);
         Self::with_state(companion, state, failures)
     }
 

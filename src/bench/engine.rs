@@ -23,11 +23,11 @@ impl Opened {
         match engine {
             Engine::Fuse => File::open(clip).map(Self::Plain).map_err(io),
             Engine::Bypass => {
-                let file = BypassFile::open(clip).map_err(io)?;
+                let file = BypassFile::open_to_measure(clip).map_err(io)?;
                 Ok(Self::Bypass(Box::new(file)))
             }
             Engine::Raw => {
-                let file = BypassFile::open(clip).map_err(io)?;
+                let file = BypassFile::open_to_measure(clip).map_err(io)?;
                 if let Some(refusal) = file.refusal() {
                     return Err(BenchError::NotBypassed {
                         path: clip.into(),

@@ -1,0 +1,50 @@
+//! The reference names what the code names.
+#![allow(missing_docs)]
+
+use std::collections::BTreeSet;
+
+use vmafx_bypass::Reason;
+
+const REFERENCE: &str = include_str!("../docs/REFERENCE.md");
+const SEMANTICS: &str = include_str!("../docs/SEMANTICS.md");
+const TESTS: &str = include_str!("reader.rs");
+
+/// The first cells, in back-ticks, of the table below a heading.
+fn table(heading: &str) -> BTreeSet<&'static str> {
+    let start = REFERENCE.find(&format!("## {heading}\n")).unwrap() + 3;
+    let section = REFERENCE[start..].split("\n## ").next().unwrap();
+    let cells = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    cells.filter_map(|rest| rest.split('`').next()).collect()
+}
+
+#[test]
+fn every_reason_is_documented() {
+    let reasons: BTreeSet<_> = Reason::ALL.iter().map(|r| r.name()).collect();
+    assert_eq!(table("Reasons"), reasons);
+}
+
+#[cfg(feature = "ebpf")]
+#[test]
+fn every_loss_is_documented() {
+    use vmafx_bypass::tracker::Loss;
+    let losses: BTreeSet<_> = Loss::ALL.iter().map(|l| l.name()).collect();
+    assert_eq!(table("Losses"), losses);
+}
+
+#[test]
+fn every_promise_names_a_test_that_exists() {
+    let cells = SEMANTICS
+        .lines()
+        .filter(|l| l.starts_with("| ") && l.contains('`'));
+    let mut names = 0;
+    for cell in cells.filter_map(|line| line.trim_end_matches(" |").rsplit(" | ").next()) {
+        for name in cell.split('`').skip(1).step_by(2) {
+            let name = name.rsplit("::").next().unwrap().trim_end_matches('…');
+            let known = TESTS.contains(&format!("fn {name}"))
+                || include_str!("../src/cache/proof.rs").contains(&format!("fn {name}"));
+            assert!(known, "{name}");
+            names += 1;
+        }
+    }
+    assert!(names >= 15);
+}
