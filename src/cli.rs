@@ -42,6 +42,10 @@ pub struct RunArgs {
     /// Opt in for this one start; VMAFX_EBPF_BYPASS=1 does so for good.
     #[arg(long)]
     pub enable: bool,
+    /// rclone's cache folder, where its daemon does not show it; for the
+    /// estimates alone.
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
     /// Where to pin the maps.
     #[arg(long, default_value = "/sys/fs/bpf/vmafx-bypass", value_name = "DIR")]
     pub pin_dir: PathBuf,

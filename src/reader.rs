@@ -364,7 +364,7 @@ fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
         proof,
         gathered.data,
         gathered.metadata,
-        located.data_path(&inside),
+        located.folders.data_path(&inside),
     ))
 }
 

@@ -275,7 +275,7 @@ impl Rig {
                 mount.map(|mount| locator.locate(&mount)).transpose()
             });
             Ok(matches!(located, Ok(Some(located))
-                if estimate(&located, name, size).state.is_none()))
+                if estimate(&located.folders, name, size).state.is_none()))
         })?;
         if cached {
             Ok(())

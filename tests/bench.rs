@@ -1,4 +1,5 @@
 //! `bench` on a clip that it generates and serves itself.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

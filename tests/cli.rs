@@ -1,5 +1,6 @@
 //! The command line without root and without rclone: usage, plain files,
 //! exit codes.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The reference names what the code names.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use vmafx_bypass::Reason;
 
 const REFERENCE: &str = include_str!("../docs/REFERENCE.md");
 const SEMANTICS: &str = include_str!("../docs/SEMANTICS.md");
-const TESTS: &str = include_str!("reader.rs");
+const TESTS: &str = concat!(include_str!("reader.rs"), include_str!("changes.rs"));
 
 /// The first cells, in back-ticks, of the table below a heading.
 fn table(heading: &str) -> BTreeSet<&'static str> {

@@ -12,7 +12,7 @@ mod names;
 
 pub use daemon::Daemon;
 pub(crate) use facts::gather;
-pub use locate::{Located, Locator};
+pub use locate::{Folders, Located, Locator};
 pub use metadata::parse as parse_metadata;
 pub(crate) use metadata::{MetadataFile, read_metadata};
 
@@ -44,9 +44,9 @@ impl Estimate {
 /// Estimates how much of a clip is cached. `inside` is its path inside the
 /// mount, `size` FUSE's size in bytes.
 #[must_use]
-pub fn estimate(located: &Located, inside: &Path, size: u64) -> Estimate {
+pub fn estimate(folders: &Folders, inside: &Path, size: u64) -> Estimate {
     let metadata = names::check(inside)
-        .and_then(|()| read_metadata(&located.metadata_path(inside)))
+        .and_then(|()| read_metadata(&folders.metadata_path(inside)))
         .and_then(|file| metadata::parse(&file.bytes));
     let metadata = match metadata {
         Ok(metadata) => metadata,
@@ -59,9 +59,7 @@ pub fn estimate(located: &Located, inside: &Path, size: u64) -> Estimate {
         Err(refusal) => return Estimate::unknown(refusal.reason),
     };
     let cached = metadata.ranges.bytes();
-    let state = if !located.read_only || located.shared_cache {
-        Some(Reason::Unsupported)
-    } else if metadata.dirty {
+    let state = if metadata.dirty {
         Some(Reason::Dirty)
     } else if metadata.size != size {
         Some(Reason::SizeMismatch)

@@ -1,35 +1,61 @@
 //! Joins the tracker and the cache: how much of a tracked clip is cached.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmafx_bypass::cache::rclone::{Estimate, Located, Locator, estimate};
+use vmafx_bypass::cache::proof::check_mount;
+use vmafx_bypass::cache::rclone::{Estimate, Folders, Locator, estimate};
 use vmafx_bypass::mounts::Dev;
 use vmafx_bypass::{Reason, Refusal};
 
 /// How long a mount whose cache could not be located is left alone.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Where a clip is cached.
+struct Found {
+    folders: Folders,
+    /// Its path inside the mount.
+    inside: PathBuf,
+    /// Why nothing on its mount is bypassed, if so.
+    mount: Option<Reason>,
+}
+
 /// Estimates by the metadata alone; opens nothing through FUSE.
 #[derive(Default)]
 pub struct Estimator {
+    /// Where the user says that the cache is.
+    cache_dir: Option<PathBuf>,
     failures: HashMap<Dev, (Instant, Refusal)>,
 }
 
 impl Estimator {
+    /// Estimates by this cache folder, or by the one that the daemon shows.
+    pub fn new(cache_dir: Option<PathBuf>) -> Self {
+        Self {
+            cache_dir,
+            failures: HashMap::new(),
+        }
+    }
+
     /// Estimates for a file at `path` on the superblock `dev`.
     pub fn estimate(&mut self, dev: Dev, path: Option<&Path>, size: u64) -> Estimate {
         let found = path
             .ok_or_else(|| Refusal::new(Reason::IoError, "its path got lost"))
             .and_then(|path| self.locate(dev, path));
         match found {
-            Ok((located, inside)) => estimate(&located, &inside, size),
+            Ok(found) => {
+                let estimate = estimate(&found.folders, &found.inside, size);
+                Estimate {
+                    state: found.mount.or(estimate.state),
+                    ..estimate
+                }
+            }
             Err(refusal) => Estimate::unknown(refusal.reason),
         }
     }
 
-    fn locate(&mut self, dev: Dev, path: &Path) -> Result<(Located, std::path::PathBuf), Refusal> {
+    fn locate(&mut self, dev: Dev, path: &Path) -> Result<Found, Refusal> {
         if let Some((at, refusal)) = self.failures.get(&dev)
             && at.elapsed() < RETRY_AFTER
         {
@@ -42,7 +68,18 @@ impl Estimator {
                 .filter_map(|mount| Some((mount, mount.inside(path)?)))
                 .next_back()
                 .ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
-            Ok((locator.locate(mount)?, inside))
+            let (folders, shared_cache) = if let Some(cache_dir) = &self.cache_dir {
+                (Folders::new(mount, cache_dir.clone()), false)
+            } else {
+                let located = locator.locate(mount)?;
+                (located.folders, located.shared_cache)
+            };
+            let refusal = check_mount(mount.read_only, shared_cache).err();
+            Ok(Found {
+                folders,
+                inside,
+                mount: refusal.map(|refusal| refusal.reason),
+            })
         });
         if let Err(refusal) = &found {
             self.failures.insert(dev, (Instant::now(), refusal.clone()));

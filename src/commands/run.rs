@@ -84,7 +84,7 @@ mod tracking {
             ));
         }
         let updates = tracker.subscribe();
-        let mut printer = Printer::new(args.format, notes);
+        let mut printer = Printer::new(args, notes);
         let ended = printer
             .begin(&tracker.watches())
             .map_err(Into::into)
@@ -206,12 +206,12 @@ mod tracking {
     }
 
     impl<'a> Printer<'a> {
-        fn new(format: Format, notes: &'a Notes) -> Self {
+        fn new(args: &RunArgs, notes: &'a Notes) -> Self {
             Self {
-                format,
+                format: args.format,
                 notes,
                 out: BufWriter::new(io::stdout()),
-                estimator: Estimator::default(),
+                estimator: Estimator::new(args.cache_dir.clone()),
             }
         }
 

@@ -1,5 +1,7 @@
 //! What the tests share: rclone mounts, the program, and clips that can be judged.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+
+pub mod clips;
 
 pub mod fds;
 
@@ -142,7 +144,9 @@ impl Tracking {
     /// Starts it on a prefix and waits until it is attached.
     pub fn start(prefix: &Path, args: &[&str]) -> Self {
         need_root();
-        let alone = TRACKING.lock().unwrap_or_else(|e| e.into_inner());
+        let alone = TRACKING
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let pin_dir = PathBuf::from(format!("/sys/fs/bpf/vmafx-test-{}", std::process::id()));
         let mut child = program()
             .env("VMAFX_EBPF_BYPASS", "1")

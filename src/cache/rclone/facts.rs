@@ -30,7 +30,7 @@ pub(crate) struct Gathered {
 /// [`Reason::NoMetadata`] where nothing is cached, and those of reading it.
 pub(super) fn advisory(located: &Located, inside: &Path) -> Result<Ranges, Refusal> {
     names::check(inside)?;
-    let file = read_metadata(&located.metadata_path(inside))?;
+    let file = read_metadata(&located.folders.metadata_path(inside))?;
     let ranges = metadata::parse(&file.bytes)?.ranges;
     if ranges.spans().is_empty() {
         return Err(Refusal::new(
@@ -76,11 +76,11 @@ pub(crate) fn gather(
     let (data, held) = open_data(located, inside)?;
     // The metadata after the data: one written for a file that did not exist
     // yet would otherwise vouch for the empty file that came after it.
-    let metadata = read_metadata(&located.metadata_path(inside))?;
-    let stat = data_stat(&data, &located.data_path(inside))?;
+    let metadata = read_metadata(&located.folders.metadata_path(inside))?;
+    let stat = data_stat(&data, &located.folders.data_path(inside))?;
     let tie = if held {
         Tie::HeldByDaemon
-    } else if fs::metadata(located.data_path(inside))
+    } else if fs::metadata(located.folders.data_path(inside))
         .is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()))
     {
         Tie::DerivedPath
@@ -116,7 +116,7 @@ fn data_stat(data: &File, path: &Path) -> Result<fs::Metadata, Refusal> {
 /// the derived path, and `false`.
 fn open_data(located: &Located, inside: &Path) -> Result<(File, bool), Refusal> {
     let daemon = located.daemon.pid;
-    let path = located.data_path(inside);
+    let path = located.folders.data_path(inside);
     let refuse = |reason, what| {
         let detail = format!("pid {daemon} {what} `{}`", path.display());
         Err(Refusal::new(reason, detail))
@@ -166,7 +166,7 @@ enum Held {
 /// folder of the mount's own cache folder, whatever symlinks led there. Several
 /// descriptors of one inode count as one.
 fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
-    let tail = located.tail(inside);
+    let tail = located.folders.tail(inside);
     let mut found: Option<(File, (u64, u64))> = None;
     for entry in fs::read_dir(format!("/proc/{}/fd", located.daemon.pid))?.flatten() {
         let target = match fs::read_link(entry.path()) {
@@ -178,7 +178,7 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         let Some((cache, deleted)) = split_tail(&target, &tail) else {
             continue;
         };
-        if !located.is_cache(&cache) {
+        if !located.folders.is_cache(&cache) {
             continue;
         }
         if deleted {

@@ -14,17 +14,9 @@ use super::daemon::{Daemon, Start, all_rclones, base_name};
 use crate::mounts::{Dev, Mount, MountTable, split_source};
 use crate::reason::{Reason, Refusal};
 
-/// Where a mount's cache is.
+/// The cache folders of one mount.
 #[derive(Debug, Clone)]
-pub struct Located {
-    /// The process that serves the mount.
-    pub daemon: Daemon,
-    /// Whether the mount's superblock is read-only.
-    pub read_only: bool,
-    /// Whether another rclone mount uses the same cache folders.
-    pub shared_cache: bool,
-    /// Whether the daemon was started with `--vfs-cache-mode full`.
-    pub(super) cache_mode_full: bool,
+pub struct Folders {
     /// What comes before the daemon's absolute paths to reach them from here.
     daemon_root: PathBuf,
     /// The cache folder in the daemon's eyes.
@@ -33,37 +25,14 @@ pub struct Located {
     remote: PathBuf,
 }
 
-impl Located {
-    /// Locates the cache of an rclone mount.
-    ///
-    /// # Errors
-    /// Where the daemon cannot be found, or does not show which cache it uses.
-    pub fn find(mount: &Mount, table: &MountTable) -> Result<Self, Refusal> {
-        let daemon = Daemon::find(mount)?;
-        let start = start_of(&daemon)?;
-        if start.option("devname").is_some() {
-            return Err(Refusal::new(
-                Reason::Unsupported,
-                format!(
-                    "`{}`: --devname hides which remote pid {} mounts",
-                    mount.point.display(),
-                    daemon.pid
-                ),
-            ));
-        }
-        let cache = start.cache_folder()?;
-        let daemon_root = daemon.root();
-        let shared_cache = shares_cache(mount, table, &daemon, &under(&daemon_root, &cache));
-        let mode = start.option("vfs-cache-mode");
-        Ok(Self {
-            read_only: mount.read_only,
-            shared_cache,
-            cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
-            daemon_root,
+impl Folders {
+    /// The folders of a mount in a cache folder that is known, seen from here.
+    pub fn new(mount: &Mount, cache: PathBuf) -> Self {
+        Self {
+            daemon_root: PathBuf::new(),
             cache,
             remote: remote_folder(mount),
-            daemon,
-        })
+        }
     }
 
     /// The data file of a clip below the cache folder.
@@ -89,6 +58,55 @@ impl Located {
     pub fn metadata_path(&self, inside: &Path) -> PathBuf {
         let tail = self.cache.join("vfsMeta").join(&self.remote).join(inside);
         under(&self.daemon_root, &tail)
+    }
+}
+
+/// A mount's daemon and its cache.
+#[derive(Debug, Clone)]
+pub struct Located {
+    /// The process that serves the mount.
+    pub daemon: Daemon,
+    /// Whether the mount's superblock is read-only.
+    pub read_only: bool,
+    /// Whether another rclone uses the same cache for the same remote.
+    pub shared_cache: bool,
+    /// Where the cache is.
+    pub folders: Folders,
+    /// Whether the daemon was started with `--vfs-cache-mode full`.
+    pub(super) cache_mode_full: bool,
+}
+
+impl Located {
+    /// Locates the cache of an rclone mount.
+    ///
+    /// # Errors
+    /// Where the daemon cannot be found, or does not show which cache it uses.
+    pub fn find(mount: &Mount, table: &MountTable) -> Result<Self, Refusal> {
+        let daemon = Daemon::find(mount)?;
+        let start = start_of(&daemon)?;
+        if start.option("devname").is_some() {
+            return Err(Refusal::new(
+                Reason::Unsupported,
+                format!(
+                    "`{}`: --devname hides which remote pid {} mounts",
+                    mount.point.display(),
+                    daemon.pid
+                ),
+            ));
+        }
+        let folders = Folders {
+            daemon_root: daemon.root(),
+            ..Folders::new(mount, start.cache_folder()?)
+        };
+        let cache = under(&folders.daemon_root, &folders.cache);
+        let mode = start.option("vfs-cache-mode");
+        Ok(Self {
+            read_only: mount.read_only,
+            shared_cache: shares_cache(mount, table, &daemon, &cache),
+            cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
+            folders,
+            daemon,
+        })
     }
 }
 
