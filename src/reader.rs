@@ -317,10 +317,7 @@ fn prove(companion: &Companion, failures: &AtomicU32) -> State {
             State::Active(epoch)
         }
         Err(refusal) => {
-            let lasting = matches!(
-                refusal.reason,
-                Reason::NotFuse | Reason::WriteOpen | Reason::Unsupported
-            );
+            let lasting = matches!(refusal.reason, Reason::NotFuse | Reason::WriteOpen);
             let doublings = failures.fetch_add(1, Ordering::Relaxed).min(MAX_DOUBLINGS);
             let wait = RETRY_AFTER * (1 << doublings);
             State::Fuse {
@@ -346,7 +343,7 @@ fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
         Ok((mount, located))
     })?;
     // Before anything is asked of rclone: for such a mount no answer helps.
-    proof::check_mount(located.read_only, located.shared_cache)?;
+    proof::check_mount(located.read_only, located.shared_with.as_deref())?;
     let inside = mount.inside(&path).ok_or_else(|| {
         Refusal::new(
             Reason::Ambiguous,

@@ -413,3 +413,23 @@ fn an_rclone_of_another_namespace_on_the_same_cache_is_seen() {
         assert!(read == bytes);
     });
 }
+
+#[test]
+fn a_cache_file_of_another_size_is_not_read() {
+    each_rclone(2 * MIB, &[], |rig, bytes| {
+        let file = open_cached(rig);
+        let mut start = vec![0; MIB];
+        assert_eq!(file.read_at(&mut start, 0).unwrap(), MIB);
+        let before = file.stats().cache_bytes;
+        let data = fs::OpenOptions::new()
+            .write(true)
+            .open(cache_file(rig, "vfs", CLIP))
+            .unwrap();
+        data.set_len(3 * MIB as u64).unwrap();
+        // rclone itself may call it corrupted; then so do we.
+        if let Ok(n) = file.read_at(&mut start, 0) {
+            assert!(start[..n] == bytes[..n]);
+        }
+        assert_eq!(file.stats().cache_bytes, before);
+    });
+}

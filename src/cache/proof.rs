@@ -63,8 +63,8 @@ pub enum Tie {
 pub struct Facts {
     /// Whether the mount's superblock is read-only.
     pub read_only: bool,
-    /// Whether another rclone mount uses the same cache folders.
-    pub shared_cache: bool,
+    /// Which other rclone uses the same cache for the same remote.
+    pub shared_with: Option<String>,
     /// FUSE's size, bytes: by path, after the prime.
     pub fuse_size: u64,
     /// FUSE's modification time, likewise.
@@ -107,13 +107,15 @@ const SEEK_HOLE_FILE_SYSTEMS: [(i64, &str); 4] = [
 ///
 /// # Errors
 /// [`Reason::Unsupported`] for a mount on which nothing can be proven.
-pub fn check_mount(read_only: bool, shared_cache: bool) -> Result<(), Refusal> {
-    let refuse = |detail: &str| Err(Refusal::new(Reason::Unsupported, detail));
+pub fn check_mount(read_only: bool, shared_with: Option<&str>) -> Result<(), Refusal> {
+    let refuse = |detail: String| Err(Refusal::new(Reason::Unsupported, detail));
     if !read_only {
-        return refuse("the mount is writable: nothing is proven yet for such mounts");
+        return refuse("the mount is writable: nothing is proven yet for such mounts".into());
     }
-    if shared_cache {
-        return refuse("another rclone uses the same cache for the same remote");
+    if let Some(other) = shared_with {
+        return refuse(format!(
+            "another rclone uses the same cache for the same remote: {other}"
+        ));
     }
     Ok(())
 }
@@ -125,7 +127,7 @@ pub fn check_mount(read_only: bool, shared_cache: bool) -> Result<(), Refusal> {
 pub fn prove(facts: &Facts) -> Result<Proof, Refusal> {
     let refuse = |reason, detail: String| Err(Refusal::new(reason, detail));
     let meta = &facts.metadata;
-    check_mount(facts.read_only, facts.shared_cache)?;
+    check_mount(facts.read_only, facts.shared_with.as_deref())?;
     if !SEEK_HOLE_FILE_SYSTEMS
         .iter()
         .any(|(magic, _)| *magic == facts.data_fs)
@@ -205,7 +207,7 @@ mod tests {
     fn good() -> Facts {
         Facts {
             read_only: true,
-            shared_cache: false,
+            shared_with: None,
             fuse_size: 100,
             fuse_modified: TIME,
             tie: Tie::HeldByDaemon,
@@ -236,7 +238,9 @@ mod tests {
         type Break = fn(&mut Facts);
         let cases: [(Reason, Break); 17] = [
             (Reason::Unsupported, |f| f.read_only = false),
-            (Reason::Unsupported, |f| f.shared_cache = true),
+            (Reason::Unsupported, |f| {
+                f.shared_with = Some("pid 1".into())
+            }),
             (Reason::Unsupported, |f| f.data_fs = 0x6573_5546),
             (Reason::Changed, |f| f.tie = Tie::PathMoved),
             (Reason::Changed, |f| f.data_links = 0),
@@ -283,7 +287,7 @@ mod tests {
         ) {
             let mut facts = good();
             facts.read_only = read_only;
-            facts.shared_cache = shared_cache;
+            facts.shared_with = shared_cache.then(|| "pid 1".into());
             facts.metadata.dirty = dirty;
             facts.fuse_size = sizes[0];
             facts.data_size = sizes[1];

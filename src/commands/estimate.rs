@@ -68,13 +68,13 @@ impl Estimator {
                 .filter_map(|mount| Some((mount, mount.inside(path)?)))
                 .next_back()
                 .ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
-            let (folders, shared_cache) = if let Some(cache_dir) = &self.cache_dir {
-                (Folders::new(mount, cache_dir.clone()), false)
+            let (folders, shared_with) = if let Some(cache_dir) = &self.cache_dir {
+                (Folders::new(mount, cache_dir.clone()), None)
             } else {
                 let located = locator.locate(mount)?;
-                (located.folders, located.shared_cache)
+                (located.folders, located.shared_with)
             };
-            let refusal = check_mount(mount.read_only, shared_cache).err();
+            let refusal = check_mount(mount.read_only, shared_with.as_deref()).err();
             Ok(Found {
                 folders,
                 inside,

@@ -65,6 +65,10 @@ impl Daemon {
                 .filter(|&pid| serves_by_arguments(pid, &mount.point))
                 .collect();
         }
+        if found.len() > 1 {
+            // fusermount3 hands the descriptor over while a mount starts.
+            found.retain(|&pid| is_rclone(pid));
+        }
         let point = mount.point.display();
         match found[..] {
             [pid] => Self::new(pid).ok_or_else(|| {
@@ -297,17 +301,17 @@ fn is_mounting_rclone(arguments: &[OsString]) -> bool {
 
 /// Processes that look like an rclone of any command.
 pub(super) fn all_rclones() -> Vec<Daemon> {
-    let is_rclone = |pid: &u32| {
-        arguments(*pid).is_ok_and(|a| {
-            let name = program_name(&a);
-            name.starts_with(b"rclone") || name == b"mount.rclone"
-        })
-    };
-    let pids = pids().unwrap_or_default();
-    pids.into_iter()
-        .filter(is_rclone)
+    let pids = pids().unwrap_or_default().into_iter();
+    pids.filter(|&pid| is_rclone(pid))
         .filter_map(Daemon::new)
         .collect()
+}
+
+fn is_rclone(pid: u32) -> bool {
+    arguments(pid).is_ok_and(|arguments| {
+        let name = program_name(&arguments);
+        name.starts_with(b"rclone") || name == b"mount.rclone"
+    })
 }
 
 /// Whether a process looks like `rclone mount … POINT`.

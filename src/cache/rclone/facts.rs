@@ -92,7 +92,7 @@ pub(crate) fn gather(
     Ok(Gathered {
         facts: Facts {
             read_only: located.read_only,
-            shared_cache: located.shared_cache,
+            shared_with: located.shared_with.clone(),
             fuse_size: fuse.size(),
             fuse_modified: Timestamp::modified(&fuse),
             tie,

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -68,8 +69,8 @@ pub struct Located {
     pub daemon: Daemon,
     /// Whether the mount's superblock is read-only.
     pub read_only: bool,
-    /// Whether another rclone uses the same cache for the same remote.
-    pub shared_cache: bool,
+    /// Which other rclone uses the same cache for the same remote.
+    pub shared_with: Option<String>,
     /// Where the cache is.
     pub folders: Folders,
     /// Whether the daemon was started with `--vfs-cache-mode full`.
@@ -102,7 +103,7 @@ impl Located {
         let mode = start.option("vfs-cache-mode");
         Ok(Self {
             read_only: mount.read_only,
-            shared_cache: shares_cache(mount, table, &daemon, &cache),
+            shared_with: shares_cache(mount, table, &daemon, &cache),
             cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
             folders,
             daemon,
@@ -137,50 +138,60 @@ fn under(root: &Path, path: &Path) -> PathBuf {
     }
 }
 
-/// Whether another rclone has the same remote in the same cache folder: one
-/// whose mount is seen here, or any process that names the remote among its
+/// Which other rclone has the same remote in the same cache folder: one whose
+/// mount is seen here, or any process that names the remote among its
 /// arguments (`serve`, or a mount in another namespace). One of which that
 /// cannot be said counts as one that does.
-fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -> bool {
+fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -> Option<String> {
     let (name, _) = split_source(&mount.source);
     let name = base_name(name.as_bytes());
-    let Some(own_cache) = identity(cache) else {
-        // It cannot be read in any case, which a later step tells.
-        return false;
-    };
+    // Where it cannot be read, a later step tells.
+    let own_cache = identity(cache)?;
     let same_cache = |daemon: &Daemon, start: &Start| {
-        let folder = start.cache_folder().ok();
-        let found = folder.and_then(|folder| identity(&under(&daemon.root(), &folder)));
-        found.is_none_or(|other| other == own_cache)
+        let Ok(folder) = start.cache_folder() else {
+            return daemon.is_alive();
+        };
+        match fs::metadata(under(&daemon.root(), &folder)) {
+            Ok(other) => (other.dev(), other.ino()) == own_cache,
+            // Ours exists; a folder that does not is another's. Nor does a
+            // process share it that has exited meanwhile.
+            Err(e) => e.kind() != std::io::ErrorKind::NotFound && daemon.is_alive(),
+        }
     };
-    let mounts = table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev);
-    for other in mounts {
+    for other in table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev) {
         let (other_name, _) = split_source(&other.source);
         let same_name = base_name(other_name.as_bytes()) == name;
         let found = Daemon::find(other).and_then(|d| start_of(&d).map(|start| (d, start)));
+        let point = other.point.display();
         let (daemon, start) = match found {
             Ok(found) => found,
             // A mount that nobody serves any more.
             Err(refusal) if refusal.reason == Reason::NotRclone => continue,
-            Err(_) if same_name => return true,
+            Err(refusal) if same_name => return Some(format!("perhaps `{point}`: {refusal}")),
             Err(_) => continue,
         };
         let hidden = start.option("devname").is_some();
         if (same_name || hidden) && same_cache(&daemon, &start) {
-            return true;
+            return Some(format!("pid {} at `{point}`", daemon.pid));
         }
     }
-    all_rclones().iter().filter(|d| *d != own).any(|daemon| {
+    let others = all_rclones().into_iter().filter(|daemon| daemon != own);
+    let mut sharing = others.filter(|daemon| {
         start_of(daemon).is_ok_and(|start| {
             start.remotes().any(|remote| remote == name) && same_cache(daemon, &start)
         })
-    })
+    });
+    sharing.next().map(|daemon| format!("pid {}", daemon.pid))
 }
 
 /// A folder's device and inode, by whichever path it is reached.
 fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
+
+/// After this long a cache that was shared is looked at again: the other
+/// rclone may have ended, of which the mount table need not tell.
+const SHARED_AGAIN: Duration = Duration::from_secs(1);
 
 fn no_mountinfo(error: std::io::Error) -> Refusal {
     Refusal::from_io("`/proc/self/mountinfo`", &error, Reason::IoError)
@@ -191,7 +202,7 @@ fn no_mountinfo(error: std::io::Error) -> Refusal {
 pub struct Locator {
     changes: File,
     table: Arc<MountTable>,
-    located: HashMap<Dev, Located>,
+    located: HashMap<Dev, (Instant, Located)>,
 }
 
 impl Locator {
@@ -259,13 +270,15 @@ impl Locator {
     /// # Errors
     /// As of [`Located::find`].
     pub fn locate(&mut self, mount: &Mount) -> Result<Located, Refusal> {
-        if let Some(located) = self.located.get(&mount.dev)
+        if let Some((at, located)) = self.located.get(&mount.dev)
             && located.daemon.is_alive()
+            && (located.shared_with.is_none() || at.elapsed() < SHARED_AGAIN)
         {
             return Ok(located.clone());
         }
         let located = Located::find(mount, &self.table)?;
-        self.located.insert(mount.dev, located.clone());
+        let entry = (Instant::now(), located.clone());
+        self.located.insert(mount.dev, entry);
         Ok(located)
     }
 }
