@@ -13,7 +13,12 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     // The name, field 2, may hold spaces and parentheses.
     let after_name = stat.iter().rposition(|&b| b == b')')? + 2;
     let text = std::str::from_utf8(stat.get(after_name..)?).ok()?;
-    text.split(' ').nth(19)?.parse().ok()
+    let mut fields = text.split(' ');
+    // A zombie does nothing any more, and holds nothing.
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
 }
 
 /// A monotonic clock of a few milliseconds' grain that costs no system call.

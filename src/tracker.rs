@@ -86,6 +86,10 @@ losses! {
     DeleteFailed = "delete_failed", false;
     /// The start of an open call was not seen: its duration is unknown.
     OpenUntimed = "open_untimed", true;
+    /// A program did not run, because another BPF program or bpf(2) call was
+    /// under way on the CPU. Counted by the kernel, for tracepoints since 6.7,
+    /// in each program's fdinfo.
+    RecursionMisses = "recursion_misses", false;
     /// More path bytes than the pinned map holds: `dump-map` misses a path.
     PathsFull = "paths_full", false;
     /// A subscriber was too slow: it missed an event, the table did not.
@@ -120,6 +124,15 @@ impl Losses {
         self.0
             .iter()
             .all(|(loss, count)| *count == 0 || !loss.breaks_table())
+    }
+}
+
+impl Losses {
+    /// Adds what the kernel counts for the programs that a process (a pid, or
+    /// `self`) holds. Where it may not be asked, it must be taken as a loss.
+    fn add_recursion_misses(&mut self, process: &str) {
+        let misses = host::recursion_misses(process).unwrap_or(1);
+        self.0.insert(Loss::RecursionMisses, misses);
     }
 }
 
@@ -460,6 +473,7 @@ impl Shared {
         let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
         let mut losses = kernel.as_ref().map(abi::Stats::losses).unwrap_or_default();
         drop(kernel);
+        losses.add_recursion_misses("self");
         losses
             .0
             .insert(Loss::PathsFull, self.paths_full.load(Ordering::Relaxed));

@@ -262,6 +262,18 @@ static __always_inline void send_close(const struct vb_fd_key *key, __u64 opened
 	send(&e, sizeof(e));
 }
 
+/*
+ * Whether an entry is of this very file: seen already by another thread, which
+ * sends the one event of it, or a dup2() onto itself. The inode counts, too: a
+ * struct file's address is used again at once after a close that was not seen.
+ */
+static __always_inline bool is_of(const struct vb_fd *entry, const struct file *file,
+				  const struct inode *inode, __u32 dev)
+{
+	return entry && entry->file == (__u64)file && entry->dev == dev &&
+	       entry->ino == BPF_CORE_READ(inode, i_ino);
+}
+
 static __always_inline void track(const struct vb_fd_key *key, struct file *file,
 				  struct super_block *sb, __u32 dev, __u8 kind, __u64 open_ns)
 {
@@ -270,11 +282,10 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 	struct inode *inode;
 	long err;
 
-	old = bpf_map_lookup_elem(&fds, key);
-	/* Seen already by the thread that opened it, or a dup2() onto itself. */
-	if (old && kind != VB_EVENT_OPEN && old->file == (__u64)file)
-		return;
 	inode = BPF_CORE_READ(file, f_inode);
+	old = bpf_map_lookup_elem(&fds, key);
+	if (is_of(old, file, inode, dev))
+		return;
 	fill_event(&e, kind == AS_FOUND ? VB_EVENT_OPEN : kind, bpf_ktime_get_boot_ns(),
 		   key->fd);
 	e.opened_at = e.ts;
@@ -307,6 +318,11 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 		if (err == -EEXIST) {
 			/* Another thread was faster: it has counted the entry. */
 			count_proc(key->pid, -1);
+			old = bpf_map_lookup_elem(&fds, key);
+			if (is_of(old, file, inode, dev))
+				return;
+			if (old)
+				send_close(key, old->opened_at, old->ino, old->dev);
 			err = bpf_map_update_elem(&fds, key, &entry, BPF_ANY);
 		} else if (err) {
 			count_proc(key->pid, -1);

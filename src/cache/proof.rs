@@ -239,7 +239,7 @@ mod tests {
         let cases: [(Reason, Break); 17] = [
             (Reason::Unsupported, |f| f.read_only = false),
             (Reason::Unsupported, |f| {
-                f.shared_with = Some("pid 1".into())
+                f.shared_with = Some("pid 1".into());
             }),
             (Reason::Unsupported, |f| f.data_fs = 0x6573_5546),
             (Reason::Changed, |f| f.tie = Tie::PathMoved),

@@ -58,7 +58,9 @@ mod tracking {
 
     use anyhow::Context;
     use serde::Serialize;
-    use vmafx_bypass::tracker::{Event, Losses, Subscription, TrackerError, Update, Watch};
+    use vmafx_bypass::tracker::{
+        Event, Losses, Stopper, Subscription, TrackerError, Update, Watch,
+    };
     use vmafx_bypass::{Tracker, TrackerOptions};
 
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
@@ -95,7 +97,8 @@ mod tracking {
                 {
                     wait_for_mount(&updates, *limit, &mut printer)?;
                 }
-                follow(&updates, args.duration.map(|d| *d), &mut printer)
+                let end = tracker.stopper();
+                follow(&updates, args.duration.map(|d| *d), &end, &mut printer)
             });
         // The tracker's own errors are told by `stop`, and come first.
         let tracked = tracker.entries().len();
@@ -145,14 +148,20 @@ mod tracking {
         }
     }
 
-    /// Prints until tracking ends, or the time is over.
+    /// Prints until tracking ends, by itself or when the time is over.
     fn follow(
         updates: &Subscription,
         duration: Option<Duration>,
+        end: &Stopper,
         printer: &mut Printer<'_>,
     ) -> Result<()> {
-        let deadline = duration.map(|d| Instant::now() + d);
+        let mut deadline = duration.map(|d| Instant::now() + d);
         loop {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                // What was sent before is still printed.
+                end.stop();
+                deadline = None;
+            }
             // Rows are flushed when there is nothing more to print at once.
             let update = match updates.recv_timeout(Duration::ZERO) {
                 Err(RecvTimeoutError::Timeout) => {
@@ -168,10 +177,8 @@ mod tracking {
             };
             match update {
                 Ok(update) => printer.update(&update)?,
-                Err(_) => return Ok(()),
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok(());
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
         }
     }

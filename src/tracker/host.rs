@@ -3,6 +3,7 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -125,9 +126,38 @@ fn on_bpffs(dir: &Path) -> bool {
         .is_some_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
+/// How often BPF programs that a process holds did not run because another was
+/// running: the sum over its descriptors' fdinfo (kernel/bpf/syscall.c,
+/// `bpf_prog_show_fdinfo`).
+pub(super) fn recursion_misses(process: &str) -> io::Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(format!("/proc/{process}/fdinfo"))? {
+        // A descriptor that is closed meanwhile is no program of ours.
+        let Ok(info) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
+        sum += parse_recursion_misses(&info);
+    }
+    Ok(sum)
+}
+
+fn parse_recursion_misses(info: &str) -> u64 {
+    info.lines()
+        .find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn misses_are_read_from_a_program_s_fdinfo() {
+        let info = "pos:\t0\nprog_type:\t5\nprog_id:\t7\nrecursion_misses:\t12\n";
+        assert_eq!(parse_recursion_misses(info), 12);
+        assert_eq!(parse_recursion_misses("pos:\t0\nflags:\t02\n"), 0);
+        assert_eq!(recursion_misses("self").unwrap(), 0);
+    }
 
     #[test]
     fn capabilities_decide() {

@@ -233,10 +233,13 @@ pub struct Dump {
 }
 
 impl Dump {
-    /// Whether the entries are all that there is: the owner runs and lost nothing.
+    /// Whether the entries are all that there is: the owner runs and lost
+    /// nothing, and every path has arrived.
     #[must_use]
     pub fn complete(&self) -> bool {
-        self.owner.alive && self.losses.complete()
+        self.owner.alive
+            && self.losses.complete()
+            && self.entries.iter().all(|entry| entry.path.is_some())
     }
 }
 
@@ -257,6 +260,9 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     };
     let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
     losses.0.insert(super::Loss::PathsFull, meta.loss_paths);
+    if owner.alive {
+        losses.add_recursion_misses(&owner.pid.to_string());
+    }
     let fds = open_map(pin_dir, FDS)?;
     let paths = open_map(pin_dir, PATHS)?;
     let mut entries = Vec::new();

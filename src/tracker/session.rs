@@ -1,22 +1,27 @@
 //! The tracking thread: loads, attaches, and turns events into the table.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, RwLockWriteGuard};
+use std::time::SystemTime;
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBufferBuilder};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::abi::{self, Kind, OpenRcloneBypassSkel, RawEvent, RcloneBypassSkelBuilder};
+use super::abi::{
+    self, Kind, OpenRcloneBypassSkel, RawEvent, RcloneBypassSkelBuilder, vb_fd, vb_fd_key,
+};
 use super::clock::BootClock;
 use super::pinned::{self, Pins};
-use super::table::{EventKind, Id, Report, TrackedFd};
+use super::table::{Agreed, Change, EventKind, Id, Report, Table, TrackedFd};
 use super::watch::{self, Prefix, PrefixError, Watch};
 use super::{Command, Shared, TrackerError, TrackerOptions, Update, host};
 use crate::mounts::MountTable;
@@ -83,6 +88,7 @@ pub(super) fn run(
     let mut state = State {
         shared,
         watched,
+        fds: handle(&skeleton.maps.fds)?,
         meta,
         paths,
         watches: Vec::new(),
@@ -96,9 +102,7 @@ pub(super) fn run(
     if let Some(pins) = &pins {
         pins.publish(&mut skeleton)?;
         if pins.replaced {
-            shared
-                .replaced_pins
-                .store(true, std::sync::atomic::Ordering::Relaxed);
+            shared.replaced_pins.store(true, Ordering::Relaxed);
         }
     }
 
@@ -228,6 +232,7 @@ fn find_watches(prefixes: &mut [Prefix], allow_missing: bool) -> Result<Vec<Watc
 struct State<'a> {
     shared: &'a Shared,
     watched: MapHandle,
+    fds: MapHandle,
     meta: MapHandle,
     /// Where pinned paths go; `None` without pins.
     paths: Option<MapHandle>,
@@ -270,23 +275,62 @@ impl State<'_> {
             return;
         }
         let counter = &self.shared.events;
-        counter.fetch_add(records.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        counter.fetch_add(records.len() as u64, Ordering::Relaxed);
         let clock = BootClock::now();
+        let mut touched = BTreeMap::new();
         for record in records {
+            touched.insert((record.pid, record.fd), clock.at(record.ts));
             let report = self.report(record, clock);
-            let changes = self
-                .shared
-                .table
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .apply(report);
+            let changes = self.write_table().apply(report);
             for change in changes {
-                let made = change.event.kind != EventKind::Close;
-                self.store_path(change.id, made.then_some((change.within, &change.event.fd)));
-                if change.within {
-                    self.shared.publish(&Update::Fd(change.event));
-                }
+                self.announce(change);
             }
+        }
+        for (key, at) in touched {
+            self.agree(key, at);
+        }
+    }
+
+    fn write_table(&self) -> RwLockWriteGuard<'_, Table> {
+        self.shared
+            .table
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announce(&self, change: Change) {
+        let made = change.event.kind != EventKind::Close;
+        self.store_path(change.id, made.then_some((change.within, &change.event.fd)));
+        if change.within {
+            self.shared.publish(&Update::Fd(change.event));
+        }
+    }
+
+    /// Looks up what the kernel has for a descriptor that events were about.
+    fn agree(&self, (pid, fd): (u32, u32), at: SystemTime) {
+        if !self.write_table().holds((pid, fd)) {
+            return;
+        }
+        let key = vb_fd_key { pid, fd };
+        // Where it cannot be read, the events have to do.
+        let Ok(found) = self.fds.lookup(abi::bytes(&key), MapFlags::ANY) else {
+            return;
+        };
+        let found = found.and_then(|bytes| abi::value::<vb_fd>(&bytes));
+        let found = found.map(|entry| (entry.opened_at, entry.ino));
+        let agreed = self.write_table().agree((pid, fd), found, at);
+        match agreed {
+            Some(Agreed::Gone(change)) => self.announce(change),
+            Some(Agreed::Renamed {
+                old,
+                new,
+                within,
+                fd,
+            }) => {
+                self.store_path(old, None);
+                self.store_path(new, Some((within, &fd)));
+            }
+            None => {}
         }
     }
 
@@ -356,7 +400,7 @@ impl State<'_> {
         let path = within.then(|| fd.path.as_deref().unwrap_or(lost));
         if !abi::store_path(paths, key, path) {
             let counter = &self.shared.paths_full;
-            let before = counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let before = counter.fetch_add(1, Ordering::Relaxed);
             pinned::set_loss_paths(&self.meta, before + 1);
         }
     }

@@ -115,6 +115,20 @@ pub(super) struct Change {
     pub(super) event: Event,
 }
 
+/// What agreeing with the kernel's map has changed.
+#[derive(Debug)]
+pub(super) enum Agreed {
+    /// The entry is gone.
+    Gone(Change),
+    /// The entry has another id.
+    Renamed {
+        old: Id,
+        new: Id,
+        within: bool,
+        fd: Arc<TrackedFd>,
+    },
+}
+
 /// Every tracked descriptor, by pid and number.
 #[derive(Default)]
 pub(super) struct Table(BTreeMap<(u32, u32), Entry>);
@@ -145,9 +159,20 @@ impl Table {
                 within,
             } => {
                 let at = fd.opened_at;
+                let fd = Arc::new(fd);
+                let newer = self.0.get(&(id.pid, id.fd));
+                if newer.is_some_and(|e| e.opened_at > id.opened_at) {
+                    // Threads that race report in any order: this one has
+                    // been replaced already.
+                    for kind in [kind, EventKind::Close] {
+                        let fd = Arc::clone(&fd);
+                        let event = Event { kind, at, tid, fd };
+                        changes.push(Change { id, within, event });
+                    }
+                    return changes;
+                }
                 // A close that was not seen: the number is in use again.
                 changes.extend(self.remove((id.pid, id.fd), tid, at));
-                let fd = Arc::new(fd);
                 let entry = Entry {
                     opened_at: id.opened_at,
                     within,
@@ -185,6 +210,43 @@ impl Table {
             }
         }
         changes
+    }
+
+    /// Whether there is an entry, shown or not.
+    pub(super) fn holds(&self, key: (u32, u32)) -> bool {
+        self.0.contains_key(&key)
+    }
+
+    /// Makes an entry agree with the kernel's map, which is the truth: events
+    /// of threads that race for one number need not tell how it ended. `found`
+    /// is what the map has: when it was made, and its inode.
+    pub(super) fn agree(
+        &mut self,
+        key: (u32, u32),
+        found: Option<(u64, u64)>,
+        at: SystemTime,
+    ) -> Option<Agreed> {
+        let entry = self.0.get_mut(&key)?;
+        match found {
+            None => self.remove(key, key.0, at).map(Agreed::Gone),
+            // The same clip under another thread's name for it.
+            Some((opened_at, ino)) if opened_at != entry.opened_at && ino == entry.fd.ino => {
+                let id = |opened_at| Id {
+                    pid: key.0,
+                    fd: key.1,
+                    opened_at,
+                };
+                let old = std::mem::replace(&mut entry.opened_at, opened_at);
+                Some(Agreed::Renamed {
+                    old: id(old),
+                    new: id(opened_at),
+                    within: entry.within,
+                    fd: Arc::clone(&entry.fd),
+                })
+            }
+            // Another clip: its event is on its way.
+            Some(_) => None,
+        }
     }
 
     fn remove(&mut self, key: (u32, u32), tid: u32, at: SystemTime) -> Option<Change> {
@@ -298,10 +360,34 @@ mod tests {
         assert_eq!(table.apply(closed(1, 3, 10)).len(), 1);
     }
 
+    #[test]
+    fn an_open_that_comes_late_does_not_replace_a_newer_one() {
+        let mut table = Table::default();
+        table.apply(made(1, 3, 20));
+        let late = kinds(&table.apply(made(1, 3, 10)));
+        assert_eq!(late, [EventKind::Open, EventKind::Close]);
+        assert_eq!(kinds(&table.apply(closed(1, 3, 20))), [EventKind::Close]);
+    }
+
+    #[test]
+    fn the_kernel_s_map_has_the_last_word() {
+        let mut table = Table::default();
+        table.apply(made(1, 3, 10));
+        assert!(table.agree((1, 3), Some((10, 1)), UNIX_EPOCH).is_none());
+        assert!(table.agree((1, 3), Some((11, 2)), UNIX_EPOCH).is_none());
+        let renamed = table.agree((1, 3), Some((11, 1)), UNIX_EPOCH);
+        assert!(matches!(renamed, Some(Agreed::Renamed { new, .. }) if new.opened_at == 11));
+        assert!(table.apply(closed(1, 3, 10)).is_empty());
+        let gone = table.agree((1, 3), None, UNIX_EPOCH);
+        assert!(matches!(gone, Some(Agreed::Gone(_))));
+        assert!(!table.holds((1, 3)));
+        assert!(table.agree((1, 3), None, UNIX_EPOCH).is_none());
+    }
+
     proptest! {
-        /// Whatever comes, opens and closes of one number alternate.
+        /// Whatever comes, each open has one close, or is in the table.
         #[test]
-        fn opens_and_closes_alternate(
+        fn opens_and_closes_pair(
             ops in prop::collection::vec((0u32..3, 0u32..3, 0u64..6, 0u8..3), 0..200),
         ) {
             let mut table = Table::default();
@@ -313,14 +399,16 @@ mod tests {
                     _ => Report::Exited { pid, tid: pid, ts: time, at: UNIX_EPOCH },
                 };
                 for change in table.apply(report) {
-                    let key = (change.id.pid, change.id.fd);
                     match change.event.kind {
-                        EventKind::Close => prop_assert!(open.remove(&key)),
-                        _ => prop_assert!(open.insert(key)),
+                        EventKind::Close => prop_assert!(open.remove(&change.id)),
+                        _ => prop_assert!(open.insert(change.id)),
                     }
                 }
-                let shown: std::collections::BTreeSet<_> =
-                    table.entries().iter().map(|f| (f.pid, f.fd)).collect();
+                let shown: std::collections::BTreeSet<_> = table
+                    .0
+                    .iter()
+                    .map(|(key, e)| Id { pid: key.0, fd: key.1, opened_at: e.opened_at })
+                    .collect();
                 prop_assert_eq!(&shown, &open);
             }
         }
