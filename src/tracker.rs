@@ -74,7 +74,7 @@ losses! {
     ProcsFull = "procs_full", false;
     /// The ring buffer was full: an event is missing.
     RingFull = "ring_full", false;
-    /// A path of over 4,095 bytes, or one that changed while it was read.
+    /// A path of over 4,095 bytes, or one that could not be read.
     PathUnreadable = "path_unreadable", false;
     /// No scratch buffer was free: an event has no path.
     ScratchBusy = "scratch_busy", false;
@@ -260,6 +260,14 @@ impl Tracker {
     /// Where the host or this process's rights do not allow it, a prefix is not
     /// on an rclone mount, or the pins are another's.
     pub fn start(options: TrackerOptions) -> Result<Self, TrackerError> {
+        Self::start_subscribed(options).map(|(tracker, _)| tracker)
+    }
+
+    /// As [`start`](Self::start), with a subscription that misses no update.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn start_subscribed(options: TrackerOptions) -> Result<(Self, Subscription), TrackerError> {
         let failed = |e| TrackerError::Failed(format!("eventfd: {e}"));
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(failed)?;
@@ -276,16 +284,15 @@ impl Tracker {
             commands: Mutex::new(commands),
             wake,
         });
+        let subscription = shared.subscribe();
         let (ready, started) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("vmafx-tracker".into())
             .spawn({
                 let shared = Arc::clone(&shared);
                 move || {
-                    let result = session::run(&options, &shared, &inbox, &ready);
-                    // Ends every subscription.
-                    shared.lock_subscribers().clear();
-                    result
+                    let _ended = EndSubscriptions(&shared);
+                    session::run(&options, &shared, &inbox, &ready)
                 }
             })
             .map_err(|e| TrackerError::Failed(format!("thread: {e}")))?;
@@ -294,7 +301,7 @@ impl Tracker {
             thread: Some(thread),
         };
         match started.recv() {
-            Ok(()) => Ok(tracker),
+            Ok(()) => Ok((tracker, subscription)),
             // It ended before it was ready.
             Err(_) => match tracker.join() {
                 Err(error) => Err(error),
@@ -319,9 +326,7 @@ impl Tracker {
     /// some, which [`losses`](Self::losses) counts.
     #[must_use]
     pub fn subscribe(&self) -> Subscription {
-        let (sender, receiver) = mpsc::sync_channel(SUBSCRIBER_CAPACITY);
-        self.shared.lock_subscribers().push(sender);
-        Subscription(receiver)
+        self.shared.subscribe()
     }
 
     /// Waits until every event that the kernel had sent is in the table.
@@ -438,7 +443,22 @@ impl Subscription {
     }
 }
 
+/// Ends every subscription when the tracking thread ends, however it does.
+struct EndSubscriptions<'a>(&'a Shared);
+
+impl Drop for EndSubscriptions<'_> {
+    fn drop(&mut self) {
+        self.0.lock_subscribers().clear();
+    }
+}
+
 impl Shared {
+    fn subscribe(&self) -> Subscription {
+        let (sender, receiver) = mpsc::sync_channel(SUBSCRIBER_CAPACITY);
+        self.lock_subscribers().push(sender);
+        Subscription(receiver)
+    }
+
     fn send(&self, command: Command) {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         // Where the thread has ended, there is nobody to tell or to wake.

@@ -113,9 +113,9 @@ struct vb_stats {
 	__u64 events; /* sent */
 };
 
-/* Tracked descriptors of one process; absent: none ever. */
+/* A process that has, or had, a tracked descriptor; absent: never. */
 struct vb_proc {
-	__u64 count;
+	__u64 seen;
 };
 
 _Static_assert(sizeof(struct vb_fd_key) == 8, "vb_fd_key");

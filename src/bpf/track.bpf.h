@@ -229,25 +229,16 @@ static __always_inline void fill_event(struct vb_event *e, __u8 kind, __u64 now,
 		e->comm[0] = 0;
 }
 
-/* Adds `delta` to the process's count, making its element if need be. */
-static __always_inline int count_proc(__u32 pid, __s64 delta)
+/* Notes that the process has a tracked descriptor, for good. */
+static __always_inline int note_proc(__u32 pid)
 {
-	struct vb_proc fresh = {}, *proc;
+	struct vb_proc proc = { .seen = 1 };
 	long err;
 
-	proc = bpf_map_lookup_elem(&procs, &pid);
-	if (!proc) {
-		if (delta < 0)
-			return 0;
-		err = bpf_map_update_elem(&procs, &pid, &fresh, BPF_NOEXIST);
-		if (err && err != -EEXIST)
-			return -1;
-		proc = bpf_map_lookup_elem(&procs, &pid);
-		if (!proc)
-			return -1;
-	}
-	__sync_fetch_and_add(&proc->count, delta);
-	return 0;
+	if (bpf_map_lookup_elem(&procs, &pid))
+		return 0;
+	err = bpf_map_update_elem(&procs, &pid, &proc, BPF_NOEXIST);
+	return err && err != -EEXIST ? -1 : 0;
 }
 
 static __always_inline void send_close(const struct vb_fd_key *key, __u64 opened_at,
@@ -284,8 +275,14 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 
 	inode = BPF_CORE_READ(file, f_inode);
 	old = bpf_map_lookup_elem(&fds, key);
-	if (is_of(old, file, inode, dev))
+	/* An open is always a new one, should its close not have been seen. */
+	if (kind != VB_EVENT_OPEN && is_of(old, file, inode, dev))
 		return;
+	/* First the process: from then on its closes are looked at. */
+	if (note_proc(key->pid)) {
+		count_loss(VB_LOSS_PROCS_FULL);
+		return;
+	}
 	fill_event(&e, kind == AS_FOUND ? VB_EVENT_OPEN : kind, bpf_ktime_get_boot_ns(),
 		   key->fd);
 	e.opened_at = e.ts;
@@ -304,29 +301,15 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 	entry.flags = e.flags;
 	__builtin_memcpy(entry.comm, e.comm, sizeof(entry.comm));
 
-	if (old) {
-		/* A close that was not seen; its entry must not outlive it. */
-		send_close(key, old->opened_at, old->ino, old->dev);
-		err = bpf_map_update_elem(&fds, key, &entry, BPF_ANY);
-	} else {
-		/* First the count: with it the process's closes are looked at. */
-		if (count_proc(key->pid, 1)) {
-			count_loss(VB_LOSS_PROCS_FULL);
+	err = old ? -EEXIST : bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
+	if (err == -EEXIST) {
+		/* Of a close that was not seen, or by a thread that was faster. */
+		old = bpf_map_lookup_elem(&fds, key);
+		if (kind != VB_EVENT_OPEN && is_of(old, file, inode, dev))
 			return;
-		}
-		err = bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
-		if (err == -EEXIST) {
-			/* Another thread was faster: it has counted the entry. */
-			count_proc(key->pid, -1);
-			old = bpf_map_lookup_elem(&fds, key);
-			if (is_of(old, file, inode, dev))
-				return;
-			if (old)
-				send_close(key, old->opened_at, old->ino, old->dev);
-			err = bpf_map_update_elem(&fds, key, &entry, BPF_ANY);
-		} else if (err) {
-			count_proc(key->pid, -1);
-		}
+		if (old)
+			send_close(key, old->opened_at, old->ino, old->dev);
+		err = bpf_map_update_elem(&fds, key, &entry, BPF_ANY);
 	}
 	if (err) {
 		count_loss(VB_LOSS_FDS_FULL);
@@ -346,9 +329,9 @@ static __always_inline void untrack(const struct vb_fd_key *key)
 	opened_at = entry->opened_at;
 	ino = entry->ino;
 	dev = entry->dev;
+	/* Gone already: another thread was faster, and has told. */
 	if (bpf_map_delete_elem(&fds, key))
 		return;
-	count_proc(key->pid, -1);
 	send_close(key, opened_at, ino, dev);
 }
 
@@ -417,9 +400,8 @@ static __always_inline __u64 open_duration(void)
 static __always_inline bool is_tracked_proc(void)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32;
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
 
-	return proc && proc->count;
+	return bpf_map_lookup_elem(&procs, &pid) != NULL;
 }
 
 /* After a call that returned a new descriptor, or an error below zero. */
@@ -442,10 +424,10 @@ static __always_inline int handle_new_fd(long ret, __u8 kind)
 static __always_inline int handle_enter_close(__u32 fd)
 {
 	__u64 id = bpf_get_current_pid_tgid();
-	struct vb_fd_key key = { .pid = id >> 32, .fd = fd };
 	__u32 tid = (__u32)id;
 
-	if (!is_tracked_proc() || !bpf_map_lookup_elem(&fds, &key))
+	/* Not only a tracked descriptor: it may become one before the close. */
+	if (!is_tracked_proc())
 		return 0;
 	if (bpf_map_update_elem(&closing, &tid, &fd, BPF_ANY))
 		count_loss(VB_LOSS_CLOSE_UNSEEN);
@@ -494,15 +476,14 @@ static __always_inline int handle_thread_exit(void)
 	struct drop drop = { .pid = pid };
 	struct vb_event e;
 
-	if (!bpf_map_lookup_elem(&procs, &pid))
+	if (!is_tracked_proc())
 		return 0;
 	/* A thread killed inside close() never reaches its exit. */
 	bpf_map_delete_elem(&closing, &tid);
 	/* do_exit() counts the thread out before it fires this tracepoint. */
 	if (BPF_CORE_READ(task, signal, live.counter) > 0)
 		return 0;
-	if (is_tracked_proc())
-		bpf_for_each_map_elem(&fds, drop_entry, &drop, 0);
+	bpf_for_each_map_elem(&fds, drop_entry, &drop, 0);
 	if (drop.failed)
 		count_loss(VB_LOSS_DELETE_FAILED);
 	bpf_map_delete_elem(&procs, &pid);

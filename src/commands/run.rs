@@ -54,6 +54,7 @@ mod tracking {
     use std::io::{self, BufWriter, Write};
     use std::path::Path;
     use std::sync::mpsc::RecvTimeoutError;
+    use std::sync::{Arc, Mutex, PoisonError};
     use std::time::{Duration, Instant};
 
     use anyhow::Context;
@@ -69,7 +70,18 @@ mod tracking {
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, shown};
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
-        let tracker = Tracker::start(TrackerOptions {
+        // Signals first: a prefix on a mount that hangs would hang the start.
+        let stopper: Arc<Mutex<Option<Stopper>>> = Arc::default();
+        let interrupted = signals.watch({
+            let stopper = Arc::clone(&stopper);
+            move || {
+                let stopper = stopper.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(stopper) = &*stopper {
+                    stopper.stop();
+                }
+            }
+        });
+        let (tracker, updates) = Tracker::start_subscribed(TrackerOptions {
             prefixes: args.prefix.clone(),
             allow_missing: args.wait.is_some(),
             pin_dir: Some(args.pin_dir.clone()),
@@ -77,15 +89,16 @@ mod tracking {
             ring_bytes: args.ring_size.0 as u32,
         })
         .map_err(coded)?;
-        let stopper = tracker.stopper();
-        let interrupted = signals.watch(move || stopper.stop());
+        *stopper.lock().unwrap_or_else(PoisonError::into_inner) = Some(tracker.stopper());
+        if interrupted.exit().is_some() {
+            tracker.stopper().stop();
+        }
         if tracker.replaced_pins() {
             notes.note(format_args!(
                 "warning: replaced the pins that a dead process had left at `{}`",
                 args.pin_dir.display()
             ));
         }
-        let updates = tracker.subscribe();
         let mut printer = Printer::new(args, notes);
         let ended = printer
             .begin(&tracker.watches())
@@ -125,9 +138,9 @@ mod tracking {
         limit: Duration,
         printer: &mut Printer<'_>,
     ) -> Result<()> {
-        let deadline = Instant::now() + limit;
+        let started = Instant::now();
         loop {
-            match updates.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match updates.recv_timeout(limit.saturating_sub(started.elapsed())) {
                 Ok(update) => {
                     printer.update(&update)?;
                     if matches!(update, Update::Mounted(_)) {
@@ -155,7 +168,8 @@ mod tracking {
         end: &Stopper,
         printer: &mut Printer<'_>,
     ) -> Result<()> {
-        let mut deadline = duration.map(|d| Instant::now() + d);
+        // One beyond the clock's range never comes.
+        let mut deadline = duration.and_then(|d| Instant::now().checked_add(d));
         loop {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 // What was sent before is still printed.

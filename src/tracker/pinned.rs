@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::fcntl::{Flock, FlockArg};
@@ -22,12 +22,10 @@ const FDS: &str = "fds";
 const PATHS: &str = "paths";
 const NAMES: [&str; 4] = [META, STATS, FDS, PATHS];
 
-/// Elements that one bpf(2) call reads.
-const BATCH: u32 = 4_096;
-/// A path reaches the map shortly after its descriptor: how often, and after
-/// which time, a missing one is looked for again.
-const PATH_TRIES: u32 = 4;
-const PATH_WAIT: Duration = Duration::from_millis(20);
+/// A path reaches the map shortly after its descriptor: how long a dump waits
+/// for all that are missing, and how often it looks.
+const PATH_PATIENCE: Duration = Duration::from_millis(200);
+const PATH_INTERVAL: Duration = Duration::from_millis(10);
 
 fn failed(dir: &Path, error: impl std::fmt::Display) -> TrackerError {
     TrackerError::Failed(format!("`{}`: {error}", dir.display()))
@@ -36,8 +34,9 @@ fn failed(dir: &Path, error: impl std::fmt::Display) -> TrackerError {
 /// The folder of the pins, owned until it is dropped.
 pub(super) struct Pins {
     dir: PathBuf,
-    /// Held by the kernel until this process ends, however it does.
-    _lock: Flock<File>,
+    /// The folder itself. Its lock is held by the kernel until this process
+    /// ends, however it does.
+    lock: Flock<File>,
     /// Whether a process that died had left its pins here.
     pub(super) replaced: bool,
 }
@@ -46,25 +45,43 @@ impl Pins {
     /// Makes the folder and takes it, replacing the pins of a dead owner.
     pub(super) fn claim(dir: &Path) -> Result<Self, TrackerError> {
         let dir = host::pin_folder(dir)?;
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|e| failed(&dir, e))?;
-        let folder = File::open(&dir).map_err(|e| failed(&dir, e))?;
-        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            match read_meta(&dir) {
+        loop {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+            made.map_err(|e| failed(&dir, e))?;
+            let folder = File::open(&dir).map_err(|e| failed(&dir, e))?;
+            let flock = Flock::lock(folder, FlockArg::LockExclusiveNonblock);
+            let lock = flock.map_err(|(_, errno)| match read_meta(&dir) {
                 Ok(meta) => TrackerError::InUse {
                     pid: meta.pid,
                     dir: dir.clone(),
                 },
                 Err(_) => failed(&dir, format_args!("another process starts here: {errno}")),
+            })?;
+            let mut pins = Self {
+                dir: dir.clone(),
+                lock,
+                replaced: false,
+            };
+            // Its owner may have removed it between our open and our lock.
+            if !pins.is_ours() {
+                continue;
             }
-        })?;
-        let mut pins = Self {
-            dir,
-            _lock: lock,
-            replaced: false,
-        };
-        pins.replaced = pins.remove_maps()?;
-        Ok(pins)
+            if NAMES.iter().any(|name| dir.join(name).exists()) {
+                if read_meta(&dir).is_err() {
+                    return Err(failed(&dir, "holds the pins of another program"));
+                }
+                pins.replaced = true;
+                pins.remove_maps()?;
+            }
+            return Ok(pins);
+        }
+    }
+
+    /// Whether the path still leads to the folder that we have locked.
+    fn is_ours(&self) -> bool {
+        let identity = |m: fs::Metadata| (m.dev(), m.ino());
+        let path = fs::metadata(&self.dir).map(identity);
+        path.is_ok_and(|path| self.lock.metadata().is_ok_and(|m| identity(m) == path))
     }
 
     /// Pins the maps and says whose they are.
@@ -92,33 +109,38 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes the pins and their folder, as dropping does, and tells of errors.
-    pub(super) fn remove(self) -> Result<(), TrackerError> {
+    /// Removes the pins and their folder, and tells of errors; dropping does
+    /// the same, and does not.
+    pub(super) fn remove(&self) -> Result<(), TrackerError> {
+        // By hand, or by a later owner: then they are not ours to remove.
+        if !self.is_ours() || read_meta(&self.dir).is_ok_and(|m| m.pid != std::process::id()) {
+            return Ok(());
+        }
         self.remove_maps()?;
-        fs::remove_dir(&self.dir).map_err(|e| failed(&self.dir, e))
+        match fs::remove_dir(&self.dir) {
+            // Something that is not ours is in it.
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            removed => removed.map_err(|e| failed(&self.dir, e)),
+        }
     }
 
-    /// Removes the maps; whether there were any.
-    fn remove_maps(&self) -> Result<bool, TrackerError> {
-        let mut removed = false;
+    fn remove_maps(&self) -> Result<(), TrackerError> {
         for name in NAMES {
             let path = self.dir.join(name);
             match fs::remove_file(&path) {
-                Ok(()) => removed = true,
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(failed(&path, e)),
+                removed => removed.map_err(|e| failed(&path, e))?,
             }
         }
-        Ok(removed)
+        Ok(())
     }
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
-        // Nothing is left after `remove`, which tells; elsewhere an error that
-        // matters more is on its way to the user.
-        let _ = self.remove_maps();
-        let _ = fs::remove_dir(&self.dir);
+        // After `remove` there is nothing left, and the folder not ours;
+        // elsewhere an error that matters more is on its way to the user.
+        let _ = self.remove();
     }
 }
 
@@ -258,11 +280,7 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         alive: start_time(meta.pid) == Some(meta.start_time),
         since: clock.at(meta.since),
     };
-    let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
-    losses.0.insert(super::Loss::PathsFull, meta.loss_paths);
-    if owner.alive {
-        losses.add_recursion_misses(&owner.pid.to_string());
-    }
+    let deadline = Instant::now() + PATH_PATIENCE;
     let fds = open_map(pin_dir, FDS)?;
     let paths = open_map(pin_dir, PATHS)?;
     let mut entries = Vec::new();
@@ -270,7 +288,7 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         path: pin_dir.join(FDS),
         error,
     })? {
-        let path = match wait_for_path(&fds, &paths, key, &value, owner.alive) {
+        let path = match wait_for_path(&fds, &paths, key, &value, owner.alive.then_some(deadline)) {
             Found::Path(path) => Some(path),
             Found::Lost => None,
             Found::Outside | Found::Closed => continue,
@@ -288,6 +306,13 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         });
     }
     entries.sort_by_key(|e| (e.pid, e.fd));
+    // Last, so that they hold what got lost meanwhile.
+    let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
+    let paths_lost = read_meta(pin_dir)?.loss_paths;
+    losses.0.insert(super::Loss::PathsFull, paths_lost);
+    if owner.alive {
+        losses.add_recursion_misses(&owner.pid.to_string());
+    }
     Ok(Dump {
         owner,
         losses,
@@ -296,9 +321,10 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
 }
 
 fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {
-    let batch = BATCH.min(map.max_entries());
+    // In one call: the kernel ends a batch early where a hash bucket does not
+    // fit, which libbpf-rs takes for the end.
     let elements = map
-        .lookup_batch(batch, MapFlags::ANY, MapFlags::ANY)
+        .lookup_batch(map.max_entries(), MapFlags::ANY, MapFlags::ANY)
         .map_err(|e| io::Error::other(e.to_string()))?;
     Ok(elements
         .filter_map(|(key, value)| Some((abi::value(&key)?, abi::value(&value)?)))
@@ -317,10 +343,10 @@ fn wait_for_path(
     paths: &MapHandle,
     key: vb_fd_key,
     value: &vb_fd,
-    alive: bool,
+    deadline: Option<Instant>,
 ) -> Found {
     let id = (key.pid, key.fd, value.opened_at);
-    for _ in 0..PATH_TRIES {
+    loop {
         match abi::load_path(paths, id) {
             Some(StoredPath::Known(path)) if !path.is_empty() => return Found::Path(path.into()),
             // Its path got lost on the way, which the losses tell.
@@ -333,10 +359,9 @@ fn wait_for_path(
         if current.is_none_or(|now| now.opened_at != value.opened_at) {
             return Found::Closed;
         }
-        if !alive {
-            break;
+        if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+            return Found::Lost;
         }
-        std::thread::sleep(PATH_WAIT);
+        std::thread::sleep(PATH_INTERVAL);
     }
-    Found::Lost
 }

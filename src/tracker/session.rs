@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError, RwLockWriteGuard};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBufferBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBuffer, RingBufferBuilder};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -22,12 +22,17 @@ use super::abi::{
 use super::clock::BootClock;
 use super::pinned::{self, Pins};
 use super::table::{Agreed, Change, EventKind, Id, Report, Table, TrackedFd};
-use super::watch::{self, Prefix, PrefixError, Watch};
-use super::{Command, Shared, TrackerError, TrackerOptions, Update, host};
+use super::watch::{self, Prefix, Watch};
+use super::{Command, Loss, Shared, TrackerError, TrackerOptions, Update, host};
 use crate::mounts::MountTable;
 
 /// Records taken from the ring before commands are looked at again.
 const RECORDS_AT_ONCE: usize = 4_096;
+/// The smallest record in the ring, its header included, bytes.
+const RECORD_BYTES: usize = 96;
+/// How long a close may come after the kernel's map has lost the entry; then
+/// it has got lost, or was reported under another open's name.
+const DOUBT: Duration = Duration::from_millis(20);
 
 const RING: u64 = 0;
 const MOUNTS: u64 = 1;
@@ -92,13 +97,16 @@ pub(super) fn run(
         meta,
         paths,
         watches: Vec::new(),
+        doubts: BTreeMap::new(),
+        ring_full: 0,
     };
-    state.watch(watches)?;
     skeleton.attach().map_err(|e| {
         TrackerError::Environment(format!(
             "attaching to tracepoints failed: {e}; root or CAP_PERFMON, and tracefs, are needed"
         ))
     })?;
+    // Not before: what is seen to be opened is to be seen closed.
+    state.watch(watches, false)?;
     if let Some(pins) = &pins {
         pins.publish(&mut skeleton)?;
         if pins.replaced {
@@ -106,41 +114,77 @@ pub(super) fn run(
         }
     }
 
-    let result = (|| {
+    let result = Loop {
+        shared,
+        commands,
+        ready,
+        ring: &ring,
+        ring_map: &ring_map,
+        records: &records,
+        mountinfo: &mountinfo,
+        // Enough to take the whole ring at once, and no more, so that commands
+        // and mounts get their turn while events keep coming.
+        rounds: options.ring_bytes as usize / RECORD_BYTES / RECORDS_AT_ONCE + 1,
+    }
+    .run(&mut state, &mut prefixes);
+    let removed = pins.as_ref().map_or(Ok(()), Pins::remove);
+    result.and(removed)
+}
+
+/// What the event loop waits for and takes from.
+struct Loop<'a> {
+    shared: &'a Shared,
+    commands: &'a Receiver<Command>,
+    ready: &'a SyncSender<()>,
+    ring: &'a RingBuffer<'a>,
+    ring_map: &'a MapHandle,
+    records: &'a RefCell<Vec<RawEvent>>,
+    mountinfo: &'a File,
+    /// Times to take [`RECORDS_AT_ONCE`] before anything else gets its turn.
+    rounds: usize,
+}
+
+impl Loop<'_> {
+    /// Tracks until it is told to stop.
+    fn run(&self, state: &mut State<'_>, prefixes: &mut [Prefix]) -> Result<(), TrackerError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed("epoll", e))?;
         let add = |fd: std::os::fd::BorrowedFd<'_>, flags, data| {
             epoll
                 .add(fd, EpollEvent::new(flags, data))
                 .map_err(|e| failed("epoll", e))
         };
-        add(ring_map.as_fd(), EpollFlags::EPOLLIN, RING)?;
+        add(self.ring_map.as_fd(), EpollFlags::EPOLLIN, RING)?;
         // Readable with priority after every change (proc_pid_mountinfo(5)).
-        add(mountinfo.as_fd(), EpollFlags::EPOLLPRI, MOUNTS)?;
-        add(shared.wake.as_fd(), EpollFlags::EPOLLIN, WAKE)?;
+        add(self.mountinfo.as_fd(), EpollFlags::EPOLLPRI, MOUNTS)?;
+        add(self.shared.wake.as_fd(), EpollFlags::EPOLLIN, WAKE)?;
         // The one who waits may have given up.
-        let _ = ready.send(());
+        let _ = self.ready.send(());
 
         let mut events = [EpollEvent::empty(); 3];
         loop {
-            let count = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            let count = match epoll.wait(&mut events, state.timeout()) {
                 Err(Errno::EINTR) => continue,
                 result => result.map_err(|e| failed("epoll", e))?,
             };
-            if events[..count].iter().any(|e| e.data() == MOUNTS) {
-                let watches = find_watches(&mut prefixes, true).unwrap_or_default();
-                state.watch(watches)?;
-            }
-            if events[..count].iter().any(|e| e.data() == WAKE) {
+            let woken_by = |what| events[..count].iter().any(|e| e.data() == what);
+            if woken_by(WAKE) {
                 // Which commands there are, the channel tells.
-                let _ = shared.wake.read();
+                let _ = self.shared.wake.read();
             }
-            let pending: Vec<Command> = commands.try_iter().collect();
-            loop {
-                let taken = ring.consume_raw_n(RECORDS_AT_ONCE);
-                state.apply(records.take());
+            let pending: Vec<Command> = self.commands.try_iter().collect();
+            for _ in 0..self.rounds {
+                let taken = self.ring.consume_raw_n(RECORDS_AT_ONCE);
+                state.apply(self.records.take());
                 if taken < RECORDS_AT_ONCE as i32 {
                     break;
                 }
+            }
+            state.settle_doubts();
+            // After the events of before: they are about the mounts of before.
+            if woken_by(MOUNTS)
+                && let Ok(watches) = find_watches(prefixes, true)
+            {
+                state.watch(watches, true)?;
             }
             for command in pending {
                 match command {
@@ -150,9 +194,7 @@ pub(super) fn run(
                 }
             }
         }
-    })();
-    let removed = pins.map_or(Ok(()), Pins::remove);
-    result.and(removed)
+    }
 }
 
 fn check_options(options: &TrackerOptions) -> Result<(), TrackerError> {
@@ -221,7 +263,6 @@ fn find_watches(prefixes: &mut [Prefix], allow_missing: bool) -> Result<Vec<Watc
     for prefix in prefixes {
         match prefix.find(&table) {
             Ok(watch) => watches.push(watch),
-            Err(error @ PrefixError::NotFolder(_)) => return Err(error.into()),
             Err(error) if !allow_missing => return Err(error.into()),
             Err(_) => {}
         }
@@ -237,11 +278,16 @@ struct State<'a> {
     /// Where pinned paths go; `None` without pins.
     paths: Option<MapHandle>,
     watches: Vec<Watch>,
+    /// Entries that the kernel's map does not have, since when, and when the
+    /// event that tells so was.
+    doubts: BTreeMap<(u32, u32), (Instant, SystemTime)>,
+    /// Events that the ring had no room for, at the last look.
+    ring_full: u64,
 }
 
 impl State<'_> {
-    /// Watches these mounts, and no others.
-    fn watch(&mut self, watches: Vec<Watch>) -> Result<(), TrackerError> {
+    /// Watches these mounts, and no others; tells subscribers of changes.
+    fn watch(&mut self, watches: Vec<Watch>, tell: bool) -> Result<(), TrackerError> {
         let watched = |list: &[Watch], watch: &Watch| {
             list.iter().any(|other| other.mount.dev == watch.mount.dev)
         };
@@ -261,6 +307,9 @@ impl State<'_> {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .clone_from(&watches);
+        if !tell {
+            return Ok(());
+        }
         for gone in before.iter().filter(|w| !watches.contains(w)) {
             self.shared.publish(&Update::Unmounted(gone.clone()));
         }
@@ -270,7 +319,7 @@ impl State<'_> {
         Ok(())
     }
 
-    fn apply(&self, records: Vec<RawEvent>) {
+    fn apply(&mut self, records: Vec<RawEvent>) {
         if records.is_empty() {
             return;
         }
@@ -279,15 +328,65 @@ impl State<'_> {
         let clock = BootClock::now();
         let mut touched = BTreeMap::new();
         for record in records {
+            let exited = record.kind == Kind::Exit;
             touched.insert((record.pid, record.fd), clock.at(record.ts));
             let report = self.report(record, clock);
             let changes = self.write_table().apply(report);
             for change in changes {
+                if exited {
+                    self.ensure_gone(change.id);
+                }
                 self.announce(change);
             }
         }
+        let ring_full = self.shared.losses().get(Loss::RingFull);
+        if ring_full > self.ring_full {
+            // Any close may be among what got lost.
+            self.ring_full = ring_full;
+            let now = SystemTime::now();
+            let all = self.write_table().keys();
+            touched.extend(all.into_iter().map(|key| (key, now)));
+        }
         for (key, at) in touched {
-            self.agree(key, at);
+            self.agree(key, at, false);
+        }
+    }
+
+    /// How long to wait for events.
+    fn timeout(&self) -> EpollTimeout {
+        if self.doubts.is_empty() {
+            EpollTimeout::NONE
+        } else {
+            EpollTimeout::from(DOUBT.as_millis() as u8)
+        }
+    }
+
+    /// Looks again at entries whose close should have come by now.
+    fn settle_doubts(&mut self) {
+        let due: Vec<_> = self
+            .doubts
+            .iter()
+            .filter(|(_, (since, _))| since.elapsed() >= DOUBT)
+            .map(|(key, (_, at))| (*key, *at))
+            .collect();
+        for (key, at) in due {
+            self.doubts.remove(&key);
+            self.agree(key, at, true);
+        }
+    }
+
+    /// The kernel removes an exited process's entries by walking its map, and
+    /// can miss one that moves meanwhile.
+    fn ensure_gone(&self, id: Id) {
+        let key = vb_fd_key {
+            pid: id.pid,
+            fd: id.fd,
+        };
+        let found = self.fds.lookup(abi::bytes(&key), MapFlags::ANY);
+        let found = found.ok().flatten().and_then(|b| abi::value::<vb_fd>(&b));
+        if found.is_some_and(|entry| entry.opened_at == id.opened_at) {
+            // Gone in between is gone.
+            let _ = self.fds.delete(abi::bytes(&key));
         }
     }
 
@@ -307,7 +406,9 @@ impl State<'_> {
     }
 
     /// Looks up what the kernel has for a descriptor that events were about.
-    fn agree(&self, (pid, fd): (u32, u32), at: SystemTime) {
+    /// An entry that it does not have goes if `for_good`; else its close is
+    /// probably on its way.
+    fn agree(&mut self, (pid, fd): (u32, u32), at: SystemTime, for_good: bool) {
         if !self.write_table().holds((pid, fd)) {
             return;
         }
@@ -317,6 +418,10 @@ impl State<'_> {
             return;
         };
         let found = found.and_then(|bytes| abi::value::<vb_fd>(&bytes));
+        if found.is_none() && !for_good {
+            self.doubts.entry((pid, fd)).or_insert((Instant::now(), at));
+            return;
+        }
         let found = found.map(|entry| (entry.opened_at, entry.ino));
         let agreed = self.write_table().agree((pid, fd), found, at);
         match agreed {

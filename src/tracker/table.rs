@@ -217,6 +217,11 @@ impl Table {
         self.0.contains_key(&key)
     }
 
+    /// Every entry's key, shown or not.
+    pub(super) fn keys(&self) -> Vec<(u32, u32)> {
+        self.0.keys().copied().collect()
+    }
+
     /// Makes an entry agree with the kernel's map, which is the truth: events
     /// of threads that race for one number need not tell how it ended. `found`
     /// is what the map has: when it was made, and its inode.

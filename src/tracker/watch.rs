@@ -85,13 +85,10 @@ impl Prefix {
         })
     }
 
-    /// Finds the mount that the prefix is on.
-    pub(super) fn find(&mut self, table: &MountTable) -> Result<Watch, PrefixError> {
+    fn resolve(&mut self) -> Result<PathBuf, PrefixError> {
         let path = self.given.clone();
-        match fs::canonicalize(&self.given) {
-            Ok(resolved) => self.resolved = Some(resolved),
-            // A dead FUSE mount does not resolve; it led somewhere before.
-            Err(_) if self.resolved.is_some() => {}
+        let resolved = match fs::canonicalize(&path) {
+            Ok(resolved) => resolved,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(PrefixError::Missing(path));
             }
@@ -99,11 +96,23 @@ impl Prefix {
                 let error = e.to_string();
                 return Err(PrefixError::Unreadable { path, error });
             }
-        }
-        let resolved = self.resolved.clone().unwrap_or_else(|| path.clone());
+        };
         if fs::metadata(&resolved).is_ok_and(|m| !m.is_dir()) {
             return Err(PrefixError::NotFolder(path));
         }
+        self.resolved = Some(resolved.clone());
+        Ok(resolved)
+    }
+
+    /// Finds the mount that the prefix is on.
+    pub(super) fn find(&mut self, table: &MountTable) -> Result<Watch, PrefixError> {
+        let path = self.given.clone();
+        // Once: a mount whose daemon is dead does not resolve, and one whose
+        // daemon hangs would hang us.
+        let resolved = match &self.resolved {
+            Some(resolved) => resolved.clone(),
+            None => self.resolve()?,
+        };
         let mount = table.containing(&resolved);
         let fstype = |m: Option<&Mount>| m.map_or_else(String::new, |m| m.fstype.clone());
         match mount {
