@@ -127,15 +127,6 @@ impl Losses {
     }
 }
 
-impl Losses {
-    /// Adds what the kernel counts for the programs that a process (a pid, or
-    /// `self`) holds. Where it may not be asked, it must be taken as a loss.
-    fn add_recursion_misses(&mut self, process: &str) {
-        let misses = host::recursion_misses(process).unwrap_or(1);
-        self.0.insert(Loss::RecursionMisses, misses);
-    }
-}
-
 impl FromIterator<(Loss, u64)> for Losses {
     fn from_iter<T: IntoIterator<Item = (Loss, u64)>>(counts: T) -> Self {
         Self(counts.into_iter().collect())
@@ -242,6 +233,8 @@ struct Shared {
     lagged: AtomicU64,
     paths_full: AtomicU64,
     events: AtomicU64,
+    /// The most that was seen: the count goes with the programs.
+    recursion_misses: AtomicU64,
     replaced_pins: AtomicBool,
     kernel: Mutex<Option<abi::Stats>>,
     commands: Mutex<Sender<Command>>,
@@ -279,6 +272,7 @@ impl Tracker {
             lagged: AtomicU64::new(0),
             paths_full: AtomicU64::new(0),
             events: AtomicU64::new(0),
+            recursion_misses: AtomicU64::new(0),
             replaced_pins: AtomicBool::new(false),
             kernel: Mutex::default(),
             commands: Mutex::new(commands),
@@ -489,11 +483,24 @@ impl Shared {
             });
     }
 
-    fn losses(&self) -> Losses {
+    fn note_recursion_misses(&self) {
+        let misses = host::recursion_misses("self");
+        self.recursion_misses.fetch_max(misses, Ordering::Relaxed);
+    }
+
+    /// What the BPF programs have counted.
+    fn kernel_losses(&self) -> Losses {
         let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut losses = kernel.as_ref().map(abi::Stats::losses).unwrap_or_default();
-        drop(kernel);
-        losses.add_recursion_misses("self");
+        kernel.as_ref().map(abi::Stats::losses).unwrap_or_default()
+    }
+
+    fn losses(&self) -> Losses {
+        let mut losses = self.kernel_losses();
+        self.note_recursion_misses();
+        losses.0.insert(
+            Loss::RecursionMisses,
+            self.recursion_misses.load(Ordering::Relaxed),
+        );
         losses
             .0
             .insert(Loss::PathsFull, self.paths_full.load(Ordering::Relaxed));

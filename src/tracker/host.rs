@@ -3,7 +3,6 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -126,19 +125,17 @@ fn on_bpffs(dir: &Path) -> bool {
         .is_some_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// How often BPF programs that a process holds did not run because another was
-/// running: the sum over its descriptors' fdinfo (kernel/bpf/syscall.c,
-/// `bpf_prog_show_fdinfo`).
-pub(super) fn recursion_misses(process: &str) -> io::Result<u64> {
-    let mut sum = 0;
-    for entry in fs::read_dir(format!("/proc/{process}/fdinfo"))? {
-        // A descriptor that is closed meanwhile is no program of ours.
-        let Ok(info) = fs::read_to_string(entry?.path()) else {
-            continue;
-        };
-        sum += parse_recursion_misses(&info);
-    }
-    Ok(sum)
+/// How often BPF programs that a process (a pid, or `self`) holds did not run
+/// because another was running: the sum over its descriptors' fdinfo
+/// (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`). Where it may not be asked, it
+/// must be taken for a miss.
+pub(super) fn recursion_misses(process: &str) -> u64 {
+    let Ok(entries) = fs::read_dir(format!("/proc/{process}/fdinfo")) else {
+        return 1;
+    };
+    // A descriptor that is closed meanwhile is no program of ours.
+    let infos = entries.flatten().flat_map(|e| fs::read_to_string(e.path()));
+    infos.map(|info| parse_recursion_misses(&info)).sum()
 }
 
 fn parse_recursion_misses(info: &str) -> u64 {
@@ -156,7 +153,8 @@ mod tests {
         let info = "pos:\t0\nprog_type:\t5\nprog_id:\t7\nrecursion_misses:\t12\n";
         assert_eq!(parse_recursion_misses(info), 12);
         assert_eq!(parse_recursion_misses("pos:\t0\nflags:\t02\n"), 0);
-        assert_eq!(recursion_misses("self").unwrap(), 0);
+        assert_eq!(recursion_misses("self"), 0);
+        assert_eq!(recursion_misses("no-such-process"), 1);
     }
 
     #[test]

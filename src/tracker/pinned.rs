@@ -311,7 +311,8 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     let paths_lost = read_meta(pin_dir)?.loss_paths;
     losses.0.insert(super::Loss::PathsFull, paths_lost);
     if owner.alive {
-        losses.add_recursion_misses(&owner.pid.to_string());
+        let misses = host::recursion_misses(&owner.pid.to_string());
+        losses.0.insert(super::Loss::RecursionMisses, misses);
     }
     Ok(Dump {
         owner,

@@ -127,6 +127,7 @@ pub(super) fn run(
         rounds: options.ring_bytes as usize / RECORD_BYTES / RECORDS_AT_ONCE + 1,
     }
     .run(&mut state, &mut prefixes);
+    shared.note_recursion_misses();
     let removed = pins.as_ref().map_or(Ok(()), Pins::remove);
     result.and(removed)
 }
@@ -339,7 +340,7 @@ impl State<'_> {
                 self.announce(change);
             }
         }
-        let ring_full = self.shared.losses().get(Loss::RingFull);
+        let ring_full = self.shared.kernel_losses().get(Loss::RingFull);
         if ring_full > self.ring_full {
             // Any close may be among what got lost.
             self.ring_full = ring_full;
