@@ -19,8 +19,10 @@ use crate::cache::rclone::MetadataFile;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
 
-/// A range is checked for holes in pieces of this size, bytes.
-const WINDOW: u64 = 4 << 20;
+/// A range is checked for holes, and the metadata looked at again, in pieces of
+/// this size, bytes. Just after an open, when the metadata is fresh and has to
+/// be read and not only looked at, a piece costs 12 us.
+const WINDOW: u64 = 16 << 20;
 /// The metadata is looked at again after this long, milliseconds.
 const RECHECK_MS: u64 = 1_000;
 
