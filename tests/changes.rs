@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -431,5 +432,23 @@ fn a_cache_file_of_another_size_is_not_read() {
             assert!(start[..n] == bytes[..n]);
         }
         assert_eq!(file.stats().cache_bytes, before);
+    });
+}
+
+#[test]
+fn what_was_read_ahead_does_not_outlive_its_proof() {
+    each_rclone(4 * MIB, &[], |rig, bytes| {
+        let mut file = open_cached(rig);
+        let mut block = [0; 4096];
+        file.read_exact(&mut block).unwrap();
+        fs::remove_file(cache_file(rig, "vfs", CLIP)).unwrap();
+        fs::remove_file(cache_file(rig, "vfsMeta", CLIP)).unwrap();
+        assert_eq!(file.read_at(&mut block, 2 * MIB as u64).unwrap(), 4096);
+        let before = file.stats();
+        assert!(before.fuse_bytes() > 0);
+        // Well within the second that the buffer may be old.
+        file.read_exact(&mut block).unwrap();
+        assert!(block == bytes[4096..8192]);
+        assert_eq!(file.stats().cache_bytes, before.cache_bytes);
     });
 }
