@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use crate::mounts::Mount;
 use crate::reason::{Reason, Refusal};
-use crate::sys::start_time;
+use crate::sys::{parent, start_time};
 
 /// A process that serves a FUSE mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,8 +66,12 @@ impl Daemon {
                 .collect();
         }
         if found.len() > 1 {
-            // fusermount3 hands the descriptor over while a mount starts.
-            found.retain(|&pid| is_rclone(pid));
+            // While a mount starts or ends, fusermount3 has the descriptor, too;
+            // before it is fusermount3, it is a child that looks like rclone.
+            let all = found.clone();
+            found.retain(|&pid| {
+                is_rclone(pid) && parent(pid).is_some_and(|parent| !all.contains(&parent))
+            });
         }
         let point = mount.point.display();
         match found[..] {
