@@ -4,6 +4,8 @@ mod rows;
 mod sink;
 
 pub use rows::{Row, escape, shown};
+#[cfg(feature = "ebpf")]
+pub use rows::{losses_json, losses_text};
 pub use sink::Sink;
 
 use std::io::{self, Write};

@@ -118,41 +118,34 @@ fn missed(verdict: &Verdict) -> anyhow::Error {
 
 fn plan(args: &BenchArgs) -> Plan {
     let prefix = args.prefix.clone().unwrap_or_default();
-    let mut engines: Vec<Engine> = Vec::new();
-    for engine in &args.engines {
-        let engine = match engine {
-            cli::Engine::Fuse => Engine::Fuse,
-            cli::Engine::Bypass => Engine::Bypass,
-            cli::Engine::Raw => Engine::Raw,
-        };
-        if !engines.contains(&engine) {
-            engines.push(engine);
-        }
-    }
-    let mut patterns: Vec<Pattern> = Vec::new();
-    for pattern in &args.pattern {
-        let pattern = match pattern {
-            cli::Pattern::Sequential => Pattern::Sequential,
-            cli::Pattern::Random => Pattern::Random,
-        };
-        if !patterns.contains(&pattern) {
-            patterns.push(pattern);
-        }
-    }
-    let mut block_sizes: Vec<usize> = Vec::new();
-    for size in &args.block_size {
-        if !block_sizes.contains(&(size.0 as usize)) {
-            block_sizes.push(size.0 as usize);
-        }
-    }
+    let engines = args.engines.iter().map(|engine| match engine {
+        cli::Engine::Fuse => Engine::Fuse,
+        cli::Engine::Bypass => Engine::Bypass,
+        cli::Engine::Raw => Engine::Raw,
+    });
+    let patterns = args.pattern.iter().map(|pattern| match pattern {
+        cli::Pattern::Sequential => Pattern::Sequential,
+        cli::Pattern::Random => Pattern::Random,
+    });
     Plan {
         // An absolute path stays as it is.
         clips: args.path.iter().map(|path| prefix.join(path)).collect(),
-        engines,
-        patterns,
-        block_sizes,
+        engines: unique(engines),
+        patterns: unique(patterns),
+        block_sizes: unique(args.block_size.iter().map(|size| size.0 as usize)),
         runs: args.runs,
     }
+}
+
+/// What a list names, in its order, none twice.
+fn unique<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut seen = Vec::new();
+    for item in items {
+        if !seen.contains(&item) {
+            seen.push(item);
+        }
+    }
+    seen
 }
 
 /// A gate that compares nothing would pass for ever.

@@ -36,7 +36,7 @@ mod dumping {
     use super::{Coded, DumpMapArgs, Exit, Notes, Result};
     use crate::cli::TableFormat;
     use crate::commands::estimate::{self, Estimator};
-    use crate::output::{self, JsonPath, Row, SCHEMA, escape, shown};
+    use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
 
     pub fn run(args: &DumpMapArgs, notes: &Notes) -> Result<Exit> {
         let mut dump =
@@ -57,14 +57,8 @@ mod dumping {
                 dump.owner.pid
             ));
         }
-        let lost: Vec<String> = dump
-            .losses
-            .iter()
-            .filter(|(_, count)| *count > 0)
-            .map(|(name, count)| format!("{name} {count}"))
-            .collect();
-        if !lost.is_empty() {
-            notes.note(format_args!("warning: lost: {}", lost.join(", ")));
+        if let Some(lost) = losses_text(&dump.losses) {
+            notes.note(format_args!("warning: {lost}"));
         }
         Ok(Exit::Done)
     }
@@ -119,11 +113,7 @@ mod dumping {
                 since: output::time(dump.owner.since),
             },
             complete: dump.complete(),
-            losses: dump
-                .losses
-                .iter()
-                .map(|(name, count)| (name.to_owned(), count.into()))
-                .collect(),
+            losses: losses_json(&dump.losses),
             entries: dump
                 .entries
                 .iter()

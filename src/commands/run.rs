@@ -67,7 +67,7 @@ mod tracking {
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
     use crate::cli::{Format, Wait};
     use crate::commands::estimate::{self, Estimator};
-    use crate::output::{self, JsonPath, Row, SCHEMA, escape, shown};
+    use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         // Signals first: a prefix on a mount that hangs would hang the start.
@@ -361,29 +361,16 @@ mod tracking {
         /// The summary, with every loss; printed even with `--quiet`.
         fn end(&mut self, events: u64, tracked: usize, losses: &Losses) -> Result<()> {
             if self.format == Format::Json {
-                let counts: serde_json::Map<_, _> = losses
-                    .iter()
-                    .map(|(name, count)| (name.to_owned(), count.into()))
-                    .collect();
                 self.json(&serde_json::json!({
                     "event": "summary",
                     "ts": output::time(std::time::SystemTime::now()),
                     "events": events,
                     "tracked": tracked,
                     "complete": losses.complete(),
-                    "losses": counts,
+                    "losses": losses_json(losses),
                 }))?;
             } else {
-                let lost: Vec<String> = losses
-                    .iter()
-                    .filter(|(_, count)| *count > 0)
-                    .map(|(name, count)| format!("{name} {count}"))
-                    .collect();
-                let lost = if lost.is_empty() {
-                    "nothing lost".to_owned()
-                } else {
-                    format!("lost: {}", lost.join(", "))
-                };
+                let lost = losses_text(losses).unwrap_or_else(|| "nothing lost".to_owned());
                 output::report(format_args!(
                     "summary: {events} events, {tracked} descriptors still open, {lost}"
                 ));

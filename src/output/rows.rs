@@ -6,6 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde::Serialize;
+#[cfg(feature = "ebpf")]
+use vmafx_bypass::tracker::Losses;
 
 use super::{JsonPath, human_bytes};
 
@@ -67,6 +69,26 @@ pub fn escape(text: &OsStr) -> String {
 /// An absolute path on one line; a question mark where it got lost.
 pub fn shown(path: Option<&Path>) -> String {
     path.map_or_else(|| "?".to_owned(), |p| escape(p.as_os_str()))
+}
+
+/// Every loss by its name, for JSON.
+#[cfg(feature = "ebpf")]
+pub fn losses_json(losses: &Losses) -> serde_json::Map<String, serde_json::Value> {
+    losses
+        .iter()
+        .map(|(name, count)| (name.to_owned(), count.into()))
+        .collect()
+}
+
+/// What was lost, for people; `None`: nothing.
+#[cfg(feature = "ebpf")]
+pub fn losses_text(losses: &Losses) -> Option<String> {
+    let lost: Vec<String> = losses
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{name} {count}"))
+        .collect();
+    (!lost.is_empty()).then(|| format!("lost: {}", lost.join(", ")))
 }
 
 #[cfg(test)]
