@@ -44,6 +44,30 @@ impl Daemon {
     /// [`Reason::NotRclone`] where there is none, [`Reason::Ambiguous`] where
     /// there are several, [`Reason::Permission`] where /proc hides them.
     pub fn find(mount: &Mount) -> Result<Self, Refusal> {
+        let point = mount.point.display();
+        let mut found = Self::candidates(mount)?;
+        match (found.pop(), found.is_empty()) {
+            (Some(daemon), true) => Ok(daemon),
+            (Some(last), false) => {
+                let pids: Vec<u32> = found.iter().chain([&last]).map(|d| d.pid).collect();
+                Err(Refusal::new(
+                    Reason::Ambiguous,
+                    format!("`{point}`: pids {pids:?} may serve this mount"),
+                ))
+            }
+            (None, _) => Err(Refusal::new(
+                Reason::NotRclone,
+                format!("`{point}`: no process serves this mount"),
+            )),
+        }
+    }
+
+    /// The processes that may serve a FUSE mount: more than one while they
+    /// start or end, none when it is dead.
+    ///
+    /// # Errors
+    /// [`Reason::Permission`] where there is none, and /proc hides some.
+    pub(super) fn candidates(mount: &Mount) -> Result<Vec<Self>, Refusal> {
         let pids = pids().map_err(|e| Refusal::from_io("`/proc`", &e, Reason::IoError))?;
         let mut found = Vec::new();
         let mut hidden = 0;
@@ -73,27 +97,23 @@ impl Daemon {
                 is_rclone(pid) && parent(pid).is_some_and(|parent| !all.contains(&parent))
             });
         }
-        let point = mount.point.display();
-        match found[..] {
-            [pid] => Self::new(pid).ok_or_else(|| {
-                Refusal::new(
-                    Reason::NotRclone,
-                    format!("`{point}`: pid {pid} has exited"),
-                )
-            }),
-            [] if hidden > 0 => Err(Refusal::new(
+        if found.is_empty() && hidden > 0 {
+            return Err(Refusal::new(
                 Reason::Permission,
-                format!("`{point}`: no rclone found, and {hidden} processes are hidden from us"),
-            )),
-            [] => Err(Refusal::new(
-                Reason::NotRclone,
-                format!("`{point}`: no process serves this mount"),
-            )),
-            _ => Err(Refusal::new(
-                Reason::Ambiguous,
-                format!("`{point}`: pids {found:?} may serve this mount"),
-            )),
+                format!(
+                    "`{}`: no rclone found, and {hidden} processes are hidden from us",
+                    mount.point.display()
+                ),
+            ));
         }
+        Ok(found.into_iter().filter_map(Self::new).collect())
+    }
+
+    /// Whether this is a child of `other` that has not become another program
+    /// yet: rclone starts fusermount3 to mount and to unmount.
+    pub(super) fn is_forked_from(&self, other: &Self) -> bool {
+        parent(self.pid) == Some(other.pid)
+            && matches!((arguments(self.pid), arguments(other.pid)), (Ok(own), Ok(its)) if own == its)
     }
 
     /// How it was started.

@@ -139,12 +139,11 @@ fn under(root: &Path, path: &Path) -> PathBuf {
 }
 
 /// Which other rclone has the same remote in the same cache folder: one whose
-/// mount is seen here, or any process that names the remote among its
-/// arguments (`serve`, or a mount in another namespace). One of which that
-/// cannot be said counts as one that does.
+/// mount is seen here and whose folder in the cache lies in ours or ours in its,
+/// or any process that names the remote among its arguments (`serve`, or a
+/// mount in another namespace). One of which that cannot be said counts as one
+/// that does.
 fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -> Option<String> {
-    let (name, _) = split_source(&mount.source);
-    let name = base_name(name.as_bytes());
     // Where it cannot be read, a later step tells.
     let own_cache = identity(cache)?;
     let same_cache = |daemon: &Daemon, start: &Start| {
@@ -158,30 +157,38 @@ fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -
             Err(e) => e.kind() != std::io::ErrorKind::NotFound && daemon.is_alive(),
         }
     };
+    let folder = remote_folder(mount);
     for other in table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev) {
-        let (other_name, _) = split_source(&other.source);
-        let same_name = base_name(other_name.as_bytes()) == name;
-        let found = Daemon::find(other).and_then(|d| start_of(&d).map(|start| (d, start)));
+        let its = remote_folder(other);
+        let overlaps = its.starts_with(&folder) || folder.starts_with(&its);
         let point = other.point.display();
-        let (daemon, start) = match found {
-            Ok(found) => found,
-            // A mount that nobody serves any more.
-            Err(refusal) if refusal.reason == Reason::NotRclone => continue,
-            Err(refusal) if same_name => return Some(format!("perhaps `{point}`: {refusal}")),
+        let servers = match Daemon::candidates(other) {
+            Ok(servers) => servers,
+            Err(refusal) if overlaps => return Some(format!("perhaps `{point}`: {refusal}")),
             Err(_) => continue,
         };
-        let hidden = start.option("devname").is_some();
-        if (same_name || hidden) && same_cache(&daemon, &start) {
-            return Some(format!("pid {} at `{point}`", daemon.pid));
+        // Of several that may serve it, each counts; and so does our own, which
+        // may keep two caches of one remote under different options.
+        for daemon in &servers {
+            let shares = start_of(daemon).is_ok_and(|start| {
+                (overlaps || start.option("devname").is_some()) && same_cache(daemon, &start)
+            });
+            if shares {
+                return Some(format!("pid {} at `{point}`", daemon.pid));
+            }
         }
     }
-    let others = all_rclones().into_iter().filter(|daemon| daemon != own);
-    let mut sharing = others.filter(|daemon| {
-        start_of(daemon).is_ok_and(|start| {
-            start.remotes().any(|remote| remote == name) && same_cache(daemon, &start)
-        })
+    let (name, _) = split_source(&mount.source);
+    let name = base_name(name.as_bytes());
+    let mut others = all_rclones().into_iter();
+    let sharing = others.find(|daemon| {
+        daemon != own
+            && start_of(daemon).is_ok_and(|start| {
+                start.remotes().any(|remote| remote == name) && same_cache(daemon, &start)
+            })
+            && !daemon.is_forked_from(own)
     });
-    sharing.next().map(|daemon| format!("pid {}", daemon.pid))
+    sharing.map(|daemon| format!("pid {}", daemon.pid))
 }
 
 /// A folder's device and inode, by whichever path it is reached.
