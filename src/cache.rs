@@ -2,8 +2,9 @@
 //!
 //! [`proof`] decides: it is pure and takes gathered facts. [`rclone`] gathers
 //! them for rclone's VFS disk cache. Another cache would be another folder
-//! beside it.
+//! beside it. [`trail`] tells which gates a clip has passed.
 
 pub mod proof;
 pub mod ranges;
 pub mod rclone;
+pub mod trail;

@@ -4,7 +4,10 @@
 mod buffer;
 mod companion;
 mod epoch;
+mod prove;
+mod pulled;
 mod stats;
+mod verify;
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -17,15 +20,16 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 pub use stats::ReadStats;
 
-use crate::cache::proof;
-use crate::cache::rclone::{self, Locator};
-use crate::mounts::Mount;
+use crate::cache::ranges::Span;
+use crate::cache::trail::Trail;
 use crate::optin::{self, OptIn};
 use crate::reason::{Reason, Refusal};
 use buffer::ReadAhead;
 use companion::Companion;
 use epoch::{Epoch, Outcome};
 use stats::Counters;
+pub use verify::Verify;
+use verify::{Verdict, Verifier};
 
 /// How often a proof that could not be had, or has ended, is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -34,6 +38,8 @@ const MAX_DOUBLINGS: u32 = 6;
 /// States that one read looks at before it goes through FUSE: a proof that
 /// has ended, what came in its place, and once more.
 const STATES_PER_READ: u32 = 4;
+/// Nothing was read through FUSE yet.
+const NOT_PULLED: u64 = u64::MAX;
 
 /// A file on an rclone mount that is read past FUSE where that is proven to
 /// give the same bytes.
@@ -72,6 +78,10 @@ pub struct BypassFile {
     proving: Mutex<()>,
     /// Proofs in a row that could not be had.
     failures: AtomicU32,
+    /// An offset that was read through FUSE, so that rclone has it;
+    /// [`NOT_PULLED`] at first.
+    pulled: AtomicU64,
+    verifier: Verifier,
     /// Counts the states: what was read ahead under an older one is dropped.
     generation: AtomicU64,
     counters: Counters,
@@ -79,6 +89,8 @@ pub struct BypassFile {
     ahead: ReadAhead,
 }
 
+// Always behind one Arc; a box would cost each read another step.
+#[allow(clippy::large_enum_variant)]
 enum State {
     /// Proven ranges are read from the cache.
     Active(Epoch),
@@ -138,7 +150,7 @@ impl BypassFile {
 
     fn proven(companion: Companion) -> Self {
         let failures = AtomicU32::new(0);
-        let state = prove(&companion, &failures);
+        let state = state_of(&companion, None, &failures);
         Self::with_state(companion, state, failures)
     }
 
@@ -148,6 +160,8 @@ impl BypassFile {
             state: ArcSwap::from_pointee(state),
             proving: Mutex::new(()),
             failures,
+            pulled: AtomicU64::new(NOT_PULLED),
+            verifier: Verifier::default(),
             generation: AtomicU64::new(0),
             counters: Counters::default(),
             position: 0,
@@ -188,6 +202,14 @@ impl BypassFile {
         }
     }
 
+    /// Whether bytes may be kept for a while once they were read.
+    fn may_read_ahead(&self) -> bool {
+        match &**self.state.load() {
+            State::Active(epoch) => epoch.may_read_ahead(),
+            State::Fuse { .. } => false,
+        }
+    }
+
     /// Where the cache file can be opened from here, for display and for
     /// measuring; reading it gives none of this type's guarantees. `None`
     /// while there is no proof.
@@ -202,7 +224,26 @@ impl BypassFile {
     /// What was read so far, and by which way.
     #[must_use]
     pub fn stats(&self) -> ReadStats {
-        self.counters.snapshot()
+        ReadStats {
+            verified_bytes: self.verifier.verified_bytes(),
+            ..self.counters.snapshot()
+        }
+    }
+
+    /// Compares what is read from the cache with FUSE's bytes from now on. A
+    /// difference that stays yields FUSE's bytes and takes the file out of the
+    /// bypass, for the whole process; a second such file ends every bypass in
+    /// it. Both are [`Reason::Quarantined`].
+    #[must_use]
+    pub fn verifying(mut self, verify: Verify) -> Self {
+        self.verifier = Verifier::new(verify);
+        self
+    }
+
+    /// Where the first byte was found that the cache had otherwise than FUSE.
+    #[must_use]
+    pub fn mismatch(&self) -> Option<u64> {
+        self.verifier.mismatch()
     }
 
     /// Reads at an offset, whichever ranges it crosses, until `buffer` is full
@@ -246,15 +287,37 @@ impl BypassFile {
                 self.counters.add_cache(n);
                 Ok(n)
             }
-            Outcome::Fuse(n, reason) => {
-                let n = self.companion.read_at(&mut buffer[..n], offset)?;
-                self.counters.add_fuse(n, reason);
-                Ok(n)
-            }
+            Outcome::Fuse(n, reason) => self.read_fuse(&mut buffer[..n], offset, reason),
         }
     }
 
-    /// Reads at most one proven range; nothing through FUSE.
+    /// Reads through FUSE, which brings a missing range into the cache.
+    fn read_fuse(&self, buffer: &mut [u8], offset: u64, reason: Reason) -> io::Result<usize> {
+        let before = self.state.load_full();
+        let n = self.companion.read_at(buffer, offset)?;
+        self.counters.add_fuse(n, reason);
+        if n == 0 {
+            return Ok(0);
+        }
+        match &*before {
+            State::Active(epoch) if reason == Reason::Partial => {
+                let end = offset + n as u64;
+                epoch.pulled(Span { start: offset, end });
+            }
+            State::Active(_) => {}
+            State::Fuse { refusal, .. } => {
+                let first = self.pulled.swap(offset, Ordering::Relaxed) == NOT_PULLED;
+                // Now that rclone has some of the clip, a proof may be had,
+                // and what is pulled from now on is known to be there.
+                if first && refusal.reason == Reason::NoMetadata {
+                    self.prove_again(&before);
+                }
+            }
+        }
+        Ok(n)
+    }
+
+    /// Reads at most one proven range; nothing through FUSE, but to verify.
     fn read_proven(&self, buffer: &mut [u8], offset: u64) -> Outcome {
         for _ in 0..STATES_PER_READ {
             let state = self.state.load();
@@ -268,13 +331,14 @@ impl BypassFile {
                     return Outcome::Fuse(buffer.len(), refusal.reason);
                 }
             };
-            match epoch.read(buffer, offset, &self.companion) {
+            match self.read_verified(epoch, buffer, offset) {
                 Ok(outcome) => return outcome,
                 Err(refusal) => {
                     // At once for a new proof, since a metadata file that was
                     // merely rewritten is the common case; but one that lasted
                     // less than the interval waits as long.
-                    let again = Some(epoch.since() + RETRY_AFTER);
+                    let again = (refusal.reason != Reason::Quarantined)
+                        .then(|| epoch.since() + RETRY_AFTER);
                     let ended = Arc::new(State::Fuse { refusal, again });
                     // Where it fails, another thread has seen the end, too.
                     self.state.compare_and_swap(&*state, ended);
@@ -285,6 +349,27 @@ impl BypassFile {
         Outcome::Fuse(buffer.len(), Reason::Changed)
     }
 
+    /// Reads under a proof, and compares with FUSE what is to be verified.
+    fn read_verified(
+        &self,
+        epoch: &Epoch,
+        buffer: &mut [u8],
+        offset: u64,
+    ) -> Result<Outcome, Refusal> {
+        verify::check_quarantine(self.companion.path())?;
+        let outcome = epoch.read(buffer, offset, &self.companion)?;
+        let Outcome::Cache(n) = outcome else {
+            return Ok(outcome);
+        };
+        match self
+            .verifier
+            .verify(&buffer[..n], offset, epoch, &self.companion)?
+        {
+            Verdict::Same => Ok(outcome),
+            Verdict::Unknown => Ok(Outcome::Fuse(n, Reason::IoError)),
+        }
+    }
+
     /// Gathers another proof in place of `old`, unless another thread is at
     /// it, which is not waited for. Whether the state has changed.
     fn prove_again(&self, old: &Arc<State>) -> bool {
@@ -292,7 +377,9 @@ impl BypassFile {
             return false;
         };
         if Arc::ptr_eq(&self.state.load(), old) {
-            let state = prove(&self.companion, &self.failures);
+            let pulled = self.pulled.load(Ordering::Relaxed);
+            let pulled = (pulled != NOT_PULLED).then_some(pulled);
+            let state = state_of(&self.companion, pulled, &self.failures);
             self.state.store(Arc::new(state));
         }
         true
@@ -307,17 +394,22 @@ fn never(refusal: Refusal) -> State {
     }
 }
 
-/// Gathers the facts and decides. `failures`: how many proofs in a row could
-/// not be had; each doubles the time to the next try, because a try looks the
-/// path up, for which rclone may ask a slow remote.
-fn prove(companion: &Companion, failures: &AtomicU32) -> State {
-    match try_prove(companion) {
+/// The state that a proof leads to, or its refusal. `failures`: how many proofs
+/// in a row could not be had; each doubles the time to the next try, because a
+/// try looks the path up, for which rclone may ask a slow remote.
+fn state_of(companion: &Companion, pulled: Option<u64>, failures: &AtomicU32) -> State {
+    let epoch = verify::check_quarantine(companion.path())
+        .and_then(|()| prove::prove(companion, pulled, &mut Trail::off()));
+    match epoch {
         Ok(epoch) => {
             failures.store(0, Ordering::Relaxed);
             State::Active(epoch)
         }
         Err(refusal) => {
-            let lasting = matches!(refusal.reason, Reason::NotFuse | Reason::WriteOpen);
+            let lasting = matches!(
+                refusal.reason,
+                Reason::NotFuse | Reason::WriteOpen | Reason::Quarantined
+            );
             let doublings = failures.fetch_add(1, Ordering::Relaxed).min(MAX_DOUBLINGS);
             let wait = RETRY_AFTER * (1 << doublings);
             State::Fuse {
@@ -326,77 +418,6 @@ fn prove(companion: &Companion, failures: &AtomicU32) -> State {
             }
         }
     }
-}
-
-fn try_prove(companion: &Companion) -> Result<Epoch, Refusal> {
-    if companion.is_writable() {
-        return Err(Refusal::new(
-            Reason::WriteOpen,
-            format!("`{}` is open for writing", companion.path().display()),
-        ));
-    }
-    let mount_id = companion.mount_id()?;
-    let path = companion.current_path()?;
-    let (mount, located) = Locator::with(|locator| {
-        let mount = find_mount(locator, mount_id, &path)?;
-        let located = locator.locate(&mount)?;
-        Ok((mount, located))
-    })?;
-    // Before anything is asked of rclone: for such a mount no answer helps.
-    proof::check_mount(located.read_only, located.shared_with.as_deref())?;
-    let inside = mount.inside(&path).ok_or_else(|| {
-        Refusal::new(
-            Reason::Ambiguous,
-            format!(
-                "`{}` is not below its mount point `{}`",
-                path.display(),
-                mount.point.display()
-            ),
-        )
-    })?;
-    let prime = |offset| companion.prime(offset);
-    let gathered = rclone::gather(&located, &path, &inside, prime, |found| companion.is(found))?;
-    let proof = proof::prove(&gathered.facts)?;
-    Ok(Epoch::new(
-        proof,
-        gathered.data,
-        gathered.metadata,
-        located.folders.data_path(&inside),
-    ))
-}
-
-/// The rclone mount of this id. What the table says of it is checked against
-/// the kernel: a mount point moves without notice when a folder above it is
-/// renamed, and another mount may cover it.
-fn find_mount(locator: &mut Locator, id: u64, path: &Path) -> Result<Mount, Refusal> {
-    for reread in [false, true] {
-        if reread {
-            locator.reread()?;
-        }
-        let table = locator.table();
-        let Some(mount) = table.by_id(id) else {
-            continue;
-        };
-        if !mount.is_rclone() {
-            let reason = if mount.is_fuse() {
-                Reason::NotRclone
-            } else {
-                Reason::NotFuse
-            };
-            let detail = format!("`{}` is on {}", path.display(), mount.fstype);
-            return Err(Refusal::new(reason, detail));
-        }
-        if companion::mount_id_of(&mount.point) == Ok(id) {
-            return Ok(mount.clone());
-        }
-    }
-    Err(Refusal::new(
-        Reason::Ambiguous,
-        format!(
-            "`{}`: its mount is gone, covered or not ours to see",
-            path.display()
-        ),
-    ))
 }
 
 impl Read for BypassFile {

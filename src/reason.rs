@@ -58,6 +58,9 @@ reasons! {
     StaleMetadata = "stale_metadata", "read the clip again so that rclone refreshes it; do not mount with --no-modtime";
     /// The range is not in the cache.
     Partial = "partial", "read the clip once from start to end";
+    /// The range is at the edge of what is cached, where a block may be there
+    /// in part: on writable mounts, and for what was just read through FUSE.
+    Edge = "edge", "nothing to do: a block or two at each end come through FUSE";
     /// The metadata lists the range but the cache file has a hole in it.
     Hole = "hole", "delete the clip from rclone's cache: it was damaged, perhaps by a power loss";
     /// rclone has changes to the file which it has not uploaded.
@@ -72,11 +75,14 @@ reasons! {
     WriteOpen = "write_open", "open the clip read-only";
     /// A system call failed on the way to a proof.
     IoError = "io_error", "see the message; is the daemon alive and the cache's disk healthy?";
+    /// A verification found other bytes in the cache than FUSE's, in this file
+    /// or in two others.
+    Quarantined = "quarantined", "report it with the offset: bypassed and FUSE's bytes differed";
     /// More than one cache file or daemon could be the right one.
     Ambiguous = "ambiguous", "give each mount its own cache folder, and start rclone with the mount point as an argument";
     /// The mount, the cache's file system or the name is of a kind for which
     /// there is no proof.
-    Unsupported = "unsupported", "mount with --read-only; keep the cache on ext4, xfs, btrfs or tmpfs, one mount per cache";
+    Unsupported = "unsupported", "mount with --read-only, or run linux 6.16; keep the cache on ext4, xfs, btrfs or tmpfs, one mount per cache";
 }
 
 impl fmt::Display for Reason {

@@ -1,6 +1,8 @@
 //! Small questions to the kernel that more than one module asks.
 
 use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -40,6 +42,68 @@ pub(crate) fn coarse_ms() -> u64 {
     })
 }
 
+/// The running kernel's version, major and minor; (0, 0) where its release
+/// begins with none.
+#[must_use]
+pub(crate) fn kernel_version() -> (u32, u32) {
+    let name = rustix::system::uname();
+    parse_release(&name.release().to_string_lossy()).unwrap_or_default()
+}
+
+/// `6.18.44-cloud-amd64`, `6.1-rc1`.
+fn parse_release(release: &str) -> Option<(u32, u32)> {
+    let (major, rest) = release.split_once('.')?;
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    Some((major.parse().ok()?, rest[..digits].parse().ok()?))
+}
+
+/// What cachestat(2) tells of the page cache (include/uapi/linux/mman.h).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct CacheStat {
+    cache: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// Which bytes cachestat(2) is to look at; a length of 0 is up to the end.
+#[repr(C)]
+struct CacheStatRange {
+    offset: u64,
+    length: u64,
+}
+
+/// Pages of a file's range that were changed and are not written yet, dirty or
+/// under writeback; a length of 0 is up to the end. cachestat(2), Linux 6.5.
+///
+/// # Errors
+/// ENOSYS on older kernels; EPERM where the caller neither may write to the
+/// file nor owns it (Linux 6.13).
+pub(crate) fn unwritten_pages(file: impl AsFd, offset: u64, length: u64) -> io::Result<u64> {
+    // The same number on every architecture (include/uapi/asm-generic/unistd.h).
+    const SYS_CACHESTAT: nix::libc::c_long = 451;
+    let range = CacheStatRange { offset, length };
+    let mut stat = CacheStat::default();
+    // SAFETY: the kernel reads one `range` and writes one `stat`, both alive
+    // and laid out as in linux/mman.h; the descriptor is borrowed for the call.
+    let result = unsafe {
+        nix::libc::syscall(
+            SYS_CACHESTAT,
+            file.as_fd().as_raw_fd(),
+            &raw const range,
+            &raw mut stat,
+            0,
+        )
+    };
+    if result == 0 {
+        Ok(stat.dirty + stat.writeback)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +115,39 @@ mod tests {
         assert_eq!(start_time(own), start_time(own));
         assert_eq!(start_time(u32::MAX), None);
         assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
+    }
+
+    #[test]
+    fn kernel_releases_parse() {
+        assert_eq!(parse_release("6.18.44-cloud-amd64"), Some((6, 18)));
+        assert_eq!(parse_release("6.1-rc1"), Some((6, 1)));
+        assert_eq!(parse_release("5.15"), Some((5, 15)));
+        for bad in ["", "6", "x.1", "6."] {
+            assert_eq!(parse_release(bad), None, "{bad}");
+        }
+        assert!(kernel_version() >= (5, 15));
+    }
+
+    #[test]
+    fn changed_pages_are_counted_by_range() {
+        use std::os::unix::fs::FileExt;
+        // So far apart that no folio holds both.
+        const FAR: u64 = 64 << 20;
+        // On a disk: the pages of a tmpfs are never written.
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        for offset in [0, FAR] {
+            file.write_all_at(&[1; 4096], offset).unwrap();
+        }
+        file.sync_all().unwrap();
+        if kernel_version() < (6, 5) {
+            let error = unwritten_pages(&file, 0, 0).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+            return;
+        }
+        assert_eq!(unwritten_pages(&file, 0, 0).unwrap(), 0);
+        file.write_all_at(&[2; 1], FAR).unwrap();
+        assert_eq!(unwritten_pages(&file, 0, 4096).unwrap(), 0);
+        assert!(unwritten_pages(&file, FAR, 1).unwrap() > 0);
+        assert!(unwritten_pages(&file, 0, 0).unwrap() > 0);
     }
 }

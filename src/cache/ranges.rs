@@ -9,6 +9,21 @@ pub struct Span {
     pub end: u64,
 }
 
+impl Span {
+    /// The whole blocks of the span without its first and its last one: a block
+    /// at the edge of what was written may hold other bytes in part, so the
+    /// neighbours of what is left are there, too. `None` where nothing is left.
+    #[must_use]
+    pub fn inner(self, block: u64) -> Option<Self> {
+        let start = self
+            .start
+            .checked_next_multiple_of(block)?
+            .checked_add(block)?;
+        let end = (self.end / block).checked_sub(1)? * block;
+        (start < end).then_some(Self { start, end })
+    }
+}
+
 /// Sorted ranges that neither overlap nor are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ranges(Vec<Span>);
@@ -56,6 +71,12 @@ impl Ranges {
     #[must_use]
     pub fn first(&self) -> Option<u64> {
         self.0.first().map(|s| s.start)
+    }
+
+    /// [`Span::inner`] of every range.
+    #[must_use]
+    pub fn inner(&self, block: u64) -> Self {
+        Self(self.0.iter().filter_map(|s| s.inner(block)).collect())
     }
 
     /// The same set in spans that cross no multiple of `window`.
@@ -119,6 +140,17 @@ mod tests {
             [Span { start: 0, end: 8 }, Span { start: 16, end: 20 }]
         );
         assert_eq!(ranges.bytes(), 12);
+    }
+
+    #[test]
+    fn the_inner_part_has_whole_blocks_and_neighbours() {
+        let inner = |start, end| Span { start, end }.inner(4).map(|s| (s.start, s.end));
+        assert_eq!(inner(0, 12), Some((4, 8)));
+        assert_eq!(inner(1, 15), Some((8, 8)).filter(|(a, b)| a < b));
+        assert_eq!(inner(1, 17), Some((8, 12)));
+        assert_eq!(inner(0, 8), None);
+        assert_eq!(inner(0, 3), None);
+        assert_eq!(inner(u64::MAX - 2, u64::MAX), None);
     }
 
     proptest! {

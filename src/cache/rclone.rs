@@ -11,8 +11,8 @@ mod metadata;
 mod names;
 
 pub use daemon::Daemon;
-pub(crate) use facts::gather;
-pub use locate::{Folders, Located, Locator};
+pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};
+pub use locate::{Folders, Located, Locator, mount_facts};
 pub use metadata::parse as parse_metadata;
 pub(crate) use metadata::{MetadataFile, read_metadata};
 

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmafx_bypass::cache::proof::check_mount;
-use vmafx_bypass::cache::rclone::{Estimate, Folders, Locator, estimate};
+use vmafx_bypass::cache::rclone::{Estimate, Folders, Locator, estimate, mount_facts};
+use vmafx_bypass::cache::trail::Trail;
 use vmafx_bypass::mounts::Dev;
 use vmafx_bypass::{Reason, Refusal};
 
@@ -68,13 +69,16 @@ impl Estimator {
                 .filter_map(|mount| Some((mount, mount.inside(path)?)))
                 .next_back()
                 .ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
-            let (folders, shared_with) = if let Some(cache_dir) = &self.cache_dir {
-                (Folders::new(mount, cache_dir.clone()), None)
+            let (folders, facts) = if let Some(cache_dir) = &self.cache_dir {
+                // With the cache named, the daemon need not be found.
+                let folders = Folders::new(mount, cache_dir.clone());
+                (folders, mount_facts(mount.read_only, None))
             } else {
                 let located = locator.locate(mount)?;
-                (located.folders, located.shared_with)
+                let facts = located.mount_facts();
+                (located.folders, facts)
             };
-            let refusal = check_mount(mount.read_only, shared_with.as_deref()).err();
+            let refusal = check_mount(&facts, &mut Trail::off()).err();
             Ok(Found {
                 folders,
                 inside,

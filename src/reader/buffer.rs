@@ -45,7 +45,11 @@ impl ReadAhead {
         let mut n = self.copy(out, position);
         if n > 0 {
             file.counters.add_cache(n);
-        } else if out.len() < SMALL && position == self.next && self.fill(file, position) {
+        } else if out.len() < SMALL
+            && position == self.next
+            && file.may_read_ahead()
+            && self.fill(file, position)
+        {
             n = self.copy(out, position);
             file.counters.add_cache(n);
         } else {

@@ -12,7 +12,9 @@ use arc_swap::ArcSwap;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
+use crate::cache::rclone::{FuseFile, no_cachestat};
 use crate::reason::{Reason, Refusal};
+use crate::sys::unwritten_pages;
 
 /// The descriptor opened through FUSE. Each proof but the first opens the same
 /// file anew, since rclone looks at the remote's version when a new handle is
@@ -87,13 +89,6 @@ impl Companion {
         self.file.load().metadata()
     }
 
-    /// Whether what was found by path is this very file.
-    pub(super) fn is(&self, found: &fs::Metadata) -> bool {
-        let identity = |m: &fs::Metadata| (m.dev(), m.ino());
-        self.metadata()
-            .is_ok_and(|own| identity(&own) == identity(found))
-    }
-
     /// The id of the mount that the descriptor was opened on.
     pub(super) fn mount_id(&self) -> Result<u64, Refusal> {
         let file = self.file.load();
@@ -101,10 +96,24 @@ impl Companion {
         mount_id(&stat)
     }
 
+    /// Whether programs have changed a range through the mount that rclone has
+    /// not got yet.
+    pub(super) fn unwritten(&self, offset: u64, length: u64) -> Result<bool, Refusal> {
+        let pages = self.unwritten_pages(offset, length);
+        pages.map(|pages| pages > 0).map_err(no_cachestat)
+    }
+
+    /// pread(2), again when a signal interrupts it.
+    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        read_at(&self.file.load(), buffer, offset)
+    }
+}
+
+impl FuseFile for Companion {
     /// Opens the file anew and reads one byte past the page cache, so that
     /// rclone compares the remote's version with its own and opens the cache
     /// file; a buffered read could be answered by the kernel alone.
-    pub(super) fn prime(&self, offset: u64) -> io::Result<()> {
+    fn prime(&self, offset: u64) -> io::Result<()> {
         let file = if self.fresh.swap(false, Ordering::Relaxed) {
             // Not shared yet: its flags are ours to change.
             let file = self.file.load_full();
@@ -127,9 +136,14 @@ impl Companion {
         Ok(())
     }
 
-    /// pread(2), again when a signal interrupts it.
-    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        read_at(&self.file.load(), buffer, offset)
+    fn is(&self, found: &fs::Metadata) -> bool {
+        let identity = |m: &fs::Metadata| (m.dev(), m.ino());
+        self.metadata()
+            .is_ok_and(|own| identity(&own) == identity(found))
+    }
+
+    fn unwritten_pages(&self, offset: u64, length: u64) -> io::Result<u64> {
+        unwritten_pages(&**self.file.load(), offset, length)
     }
 }
 

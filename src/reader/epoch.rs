@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::companion::Companion;
+use super::pulled::Pulled;
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
 use crate::cache::rclone::MetadataFile;
@@ -42,11 +43,10 @@ const HAS_HOLE: u8 = 2;
 pub(super) struct Epoch {
     data: File,
     path: PathBuf,
-    size: u64,
-    modified: Timestamp,
-    bytes: u64,
+    proof: Proof,
     pieces: Box<[Span]>,
     checked: Box<[AtomicU8]>,
+    pulled: Pulled,
     metadata: Mutex<MetadataFile>,
     /// When all was last seen unchanged, [`coarse_ms`].
     seen_ms: AtomicU64,
@@ -59,11 +59,10 @@ impl Epoch {
         Self {
             data,
             path,
-            size: proof.size,
-            modified: proof.modified,
-            bytes: proof.ranges.bytes(),
+            proof,
             checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
             pieces,
+            pulled: Pulled::default(),
             metadata: Mutex::new(metadata),
             seen_ms: AtomicU64::new(coarse_ms()),
             since: Instant::now(),
@@ -71,7 +70,7 @@ impl Epoch {
     }
 
     pub(super) fn proven_bytes(&self) -> u64 {
-        self.bytes
+        self.proof.ranges.bytes()
     }
 
     pub(super) fn cache_path(&self) -> &Path {
@@ -80,6 +79,11 @@ impl Epoch {
 
     pub(super) fn since(&self) -> Instant {
         self.since
+    }
+
+    /// Whether bytes may be kept for a while once they were read.
+    pub(super) fn may_read_ahead(&self) -> bool {
+        !self.proof.writable
     }
 
     /// Reads from the piece that `offset` is in, or says how much to read
@@ -91,14 +95,16 @@ impl Epoch {
         offset: u64,
         companion: &Companion,
     ) -> Result<Outcome, Refusal> {
+        if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
+            self.check_again(companion)?;
+        }
         let limit =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
         let index = match place(&self.pieces, offset) {
             Place::In(index) => index,
-            // Beyond the end only FUSE knows whether the file has grown.
-            Place::Before(next) => return Ok(Outcome::Fuse(limit(next), Reason::Partial)),
+            Place::Before(next) => return self.read_pulled(buffer, offset, next, companion),
         };
-        if !self.check(index, companion)? {
+        if !self.check(index)? {
             return Ok(Outcome::Fuse(limit(self.pieces[index].end), Reason::Hole));
         }
         // Over as many pieces as are known to be present and adjoin.
@@ -116,31 +122,83 @@ impl Epoch {
             end = next.end;
         }
         let length = limit(end);
-        self.pread(&mut buffer[..length], offset)?;
-        Ok(Outcome::Cache(length))
+        self.take(&mut buffer[..length], offset, companion)
+    }
+
+    /// Reads where the metadata lists nothing up to `next`: what was pulled
+    /// meanwhile.
+    fn read_pulled(
+        &self,
+        buffer: &mut [u8],
+        offset: u64,
+        next: u64,
+        companion: &Companion,
+    ) -> Result<Outcome, Refusal> {
+        let within =
+            |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
+        let span = match self.pulled.find(offset, self.proof.block) {
+            Ok(span) => span,
+            // Beyond the end only FUSE knows whether the file has grown.
+            Err(sooner) => {
+                let listed = place(self.proof.listed.spans(), offset);
+                let reason = match listed {
+                    Place::In(_) => Reason::Edge,
+                    Place::Before(_) => Reason::Partial,
+                };
+                return Ok(Outcome::Fuse(within(next.min(sooner)), reason));
+            }
+        };
+        let length = within(span.end.min(next));
+        let end = offset + length as u64;
+        // Each time, unlike a piece: what is there grows, and is not listed.
+        if !self.is_present(Span { start: offset, end }, self.proof.block)? {
+            return Ok(Outcome::Fuse(length, Reason::Hole));
+        }
+        self.take(&mut buffer[..length], offset, companion)
+    }
+
+    /// Notes what was just read through FUSE for want of a range: rclone has
+    /// put it into the data file, if that still is the one it uses.
+    pub(super) fn pulled(&self, span: Span) {
+        if self.check_data().is_ok() {
+            self.pulled.add(span);
+        }
     }
 
     /// Whether a piece may be read; an error where the proof has ended.
-    fn check(&self, index: usize, companion: &Companion) -> Result<bool, Refusal> {
-        if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
-            self.check_again(companion)?;
-        }
+    fn check(&self, index: usize) -> Result<bool, Refusal> {
         let state = self.checked[index].load(Ordering::Acquire);
         if state != UNCHECKED {
             return Ok(state == PRESENT);
         }
         self.check_metadata()?;
-        let span = self.pieces[index];
-        let hole = match lseek(&self.data, span.start as i64, Whence::SeekHole) {
-            Ok(hole) => hole as u64,
-            // Beyond the end: the file was cut.
-            Err(Errno::ENXIO) => return Err(changed("was truncated")),
-            Err(e) => return Err(self.failed("lseek", e.into())),
+        let margin = if self.proof.writable {
+            self.proof.block
+        } else {
+            0
         };
-        let present = hole >= span.end;
+        let present = self.is_present(self.pieces[index], margin)?;
         let state = if present { PRESENT } else { HAS_HOLE };
         self.checked[index].store(state, Ordering::Release);
         Ok(present)
+    }
+
+    /// Whether the data file has no hole in a span, nor in `margin` around it.
+    fn is_present(&self, span: Span, margin: u64) -> Result<bool, Refusal> {
+        let start = span.start.saturating_sub(margin);
+        let end = (span.end + margin).min(self.proof.size);
+        match lseek(&self.data, start as i64, Whence::SeekHole) {
+            Ok(hole) => Ok(hole as u64 >= end),
+            // Beyond the end: the file was cut.
+            Err(Errno::ENXIO) => Err(changed("was truncated")),
+            Err(e) => Err(self.failed("lseek", e.into())),
+        }
+    }
+
+    /// Whether all that was proven is still so, looked at now.
+    pub(super) fn check_now(&self, companion: &Companion) -> Result<(), Refusal> {
+        self.check_data()?;
+        self.check_again(companion)
     }
 
     /// What is looked at once a second: the metadata, and FUSE's own view,
@@ -151,7 +209,7 @@ impl Epoch {
         // An error means that the daemon is gone. What it had proven stays
         // true as long as nobody touches the metadata or the data file.
         if let Ok(fuse) = companion.metadata()
-            && (fuse.len() != self.size || Timestamp::modified(&fuse) != self.modified)
+            && (fuse.len() != self.proof.size || Timestamp::modified(&fuse) != self.proof.modified)
         {
             return Err(changed("is behind what FUSE shows"));
         }
@@ -167,21 +225,57 @@ impl Epoch {
         Ok(())
     }
 
-    /// Fills the buffer from the data file, and only then looks whether it was
-    /// still the clip's: a linked inode's present bytes are never rewritten on
-    /// a read-only mount, an unlinked one's may be, in place.
+    /// Fills the buffer from the data file. On a writable mount, what programs
+    /// have changed and rclone has not got yet is in the kernel's pages alone,
+    /// and rclone marks a change in the metadata after it has written it.
+    fn take(
+        &self,
+        buffer: &mut [u8],
+        offset: u64,
+        companion: &Companion,
+    ) -> Result<Outcome, Refusal> {
+        let length = buffer.len();
+        if !self.proof.writable {
+            self.pread(buffer, offset)?;
+            return Ok(Outcome::Cache(length));
+        }
+        let unwritten = || companion.unwritten(offset, length as u64);
+        if unwritten()? {
+            return Ok(Outcome::Fuse(length, Reason::Dirty));
+        }
+        self.pread(buffer, offset)?;
+        self.check_metadata()?;
+        if unwritten()? {
+            return Ok(Outcome::Fuse(length, Reason::Dirty));
+        }
+        Ok(Outcome::Cache(length))
+    }
+
+    /// Fills the buffer from a range that was read before, to compare it.
+    pub(super) fn read_again(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
+        self.pread(buffer, offset)
+    }
+
+    /// Reads, and only then looks whether the file was still the clip's: a
+    /// linked inode's present bytes are never rewritten on a read-only mount,
+    /// an unlinked one's may be, in place.
     fn pread(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
         let read = self.data.read_exact_at(buffer, offset);
+        self.check_data()?;
+        read.map_err(|e| self.failed("read", e))
+    }
+
+    fn check_data(&self) -> Result<(), Refusal> {
         // Not `File::metadata`: its statx(2) costs a quarter more.
         let stat = rustix::fs::fstat(&self.data).map_err(|e| self.failed("fstat", e.into()))?;
         // A second link would hide that rclone has unlinked its own.
         if stat.st_nlink != 1 {
             return Err(changed("was unlinked"));
         }
-        if stat.st_size as u64 != self.size {
+        if stat.st_size as u64 != self.proof.size {
             return Err(changed("has another size"));
         }
-        read.map_err(|e| self.failed("read", e))
+        Ok(())
     }
 
     fn failed(&self, call: &str, error: io::Error) -> Refusal {

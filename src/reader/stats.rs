@@ -10,6 +10,8 @@ use crate::reason::Reason;
 pub struct ReadStats {
     /// From the cache file.
     pub cache_bytes: u64,
+    /// Of these, compared with FUSE's, and equal.
+    pub verified_bytes: u64,
     /// Through FUSE, by reason; reasons without a byte are left out.
     pub by_reason: BTreeMap<Reason, u64>,
 }
@@ -40,6 +42,7 @@ impl Counters {
     pub(super) fn snapshot(&self) -> ReadStats {
         ReadStats {
             cache_bytes: self.cache.load(Ordering::Relaxed),
+            verified_bytes: 0,
             by_reason: Reason::ALL
                 .iter()
                 .zip(&self.by_reason)

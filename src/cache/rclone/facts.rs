@@ -1,21 +1,50 @@
 //! Gathers the facts of a proof, in the order that the protocol asks for.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::OFlag;
 
 use super::locate::Located;
 use super::metadata::{self, MetadataFile, read_metadata};
 use super::names;
-use crate::cache::proof::{Facts, Tie, Timestamp};
+use crate::cache::proof::{Facts, Tie, Timestamp, WritableFacts};
 use crate::cache::ranges::Ranges;
+use crate::cache::trail::{Gate, Trail};
 use crate::reason::{Reason, Refusal};
+use crate::sys::coarse_ms;
+
+/// The smallest unit in which file systems tell holes, bytes.
+const MIN_BLOCK: u64 = 4096;
+
+/// The clip that a proof is about.
+pub(crate) struct Clip<'a> {
+    pub(crate) located: &'a Located,
+    /// By which FUSE shows it.
+    pub(crate) path: &'a Path,
+    /// Its path inside the mount.
+    pub(crate) inside: &'a Path,
+    /// An offset that the caller has read through FUSE already: rclone has it.
+    pub(crate) pulled: Option<u64>,
+}
+
+/// The caller's own descriptor of the clip, opened through FUSE.
+pub(crate) trait FuseFile {
+    /// Reads one byte at `offset` past the page cache, so that rclone checks
+    /// the file's version and opens its cache file.
+    fn prime(&self, offset: u64) -> io::Result<()>;
+    /// Whether what a path leads to is this very file.
+    fn is(&self, found: &fs::Metadata) -> bool;
+    /// As of [`unwritten_pages`](crate::sys::unwritten_pages).
+    fn unwritten_pages(&self, offset: u64, length: u64) -> io::Result<u64>;
+}
 
 /// A clip's facts, and the open files that they are about.
 pub(crate) struct Gathered {
@@ -25,90 +54,191 @@ pub(crate) struct Gathered {
 }
 
 /// What the metadata lists before anything was primed: where a prime may read.
-///
-/// # Errors
-/// [`Reason::NoMetadata`] where nothing is cached, and those of reading it.
-pub(super) fn advisory(located: &Located, inside: &Path) -> Result<Ranges, Refusal> {
-    names::check(inside)?;
-    let file = read_metadata(&located.folders.metadata_path(inside))?;
-    let ranges = metadata::parse(&file.bytes)?.ranges;
-    if ranges.spans().is_empty() {
+fn advisory(clip: &Clip<'_>) -> Result<Ranges, Refusal> {
+    names::check(clip.inside)?;
+    let path = clip.located.folders.metadata_path(clip.inside);
+    let ranges = match read_metadata(&path) {
+        Ok(file) => metadata::parse(&file.bytes)?.ranges,
+        Err(refusal) if refusal.reason == Reason::NoMetadata && clip.pulled.is_some() => {
+            Ranges::default()
+        }
+        Err(refusal) => return Err(refusal),
+    };
+    if ranges.spans().is_empty() && clip.pulled.is_none() {
         return Err(Refusal::new(
             Reason::NoMetadata,
-            format!("`{}`: no range is cached", inside.display()),
+            format!("`{}`: no range is cached", path.display()),
         ));
     }
     Ok(ranges)
 }
 
-/// Gathers the facts of a clip: `path` by which FUSE shows it, `inside` its
-/// path inside the mount. `prime` reads one byte at the given offset through
-/// FUSE, past the page cache, so that rclone checks the file's version and
-/// opens its cache file; `is_companion` tells whether what `path` leads to is
-/// the file that the caller reads.
+/// Gathers the facts of a clip, in the order that the protocol asks for.
 ///
 /// # Errors
 /// The first fact that cannot be had.
 pub(crate) fn gather(
-    located: &Located,
-    path: &Path,
-    inside: &Path,
-    prime: impl FnOnce(u64) -> io::Result<()>,
-    is_companion: impl FnOnce(&fs::Metadata) -> bool,
+    clip: &Clip<'_>,
+    file: &impl FuseFile,
+    trail: &mut Trail,
 ) -> Result<Gathered, Refusal> {
-    let offset = advisory(located, inside)?.first().unwrap_or(0);
-    prime(offset).map_err(|e| {
+    let cached = trail.step(Gate::Cached, advisory(clip), |ranges| {
+        format!("{} bytes by the metadata", ranges.bytes())
+    })?;
+    // Where something is cached, so that rclone downloads nothing for it.
+    let offset = cached.first().or(clip.pulled).unwrap_or(0);
+    let primed = file.prime(offset).map_err(|e| {
         Refusal::from_io(
-            format_args!("read of `{}` past the page cache", path.display()),
+            format_args!("read of `{}` past the page cache", clip.path.display()),
             &e,
             Reason::IoError,
         )
+    });
+    trail.step(Gate::Prime, primed, |()| {
+        format!("one byte at {offset} through fuse, past the page cache")
     })?;
-    // By path, not by descriptor: only a lookup brings new attributes.
-    let fuse = fs::metadata(path)
-        .map_err(|e| Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::Changed))?;
-    if !is_companion(&fuse) {
-        return Err(Refusal::new(
-            Reason::Changed,
-            format!("`{}` leads to another file by now", path.display()),
-        ));
+    let mut view = View::take(clip, file, trail)?;
+    let mut writable = None;
+    if !clip.located.read_only {
+        rename_barrier(clip.path)?;
+        let again = View::take(clip, file, trail)?;
+        let unwritten = file.unwritten_pages(0, 0);
+        writable = Some(WritableFacts {
+            settled: again.is_same(&view),
+            unwritten_pages: unwritten.map_err(no_cachestat)?,
+        });
+        view = again;
     }
-    let (data, held) = open_data(located, inside)?;
-    // The metadata after the data: one written for a file that did not exist
-    // yet would otherwise vouch for the empty file that came after it.
-    let metadata = read_metadata(&located.folders.metadata_path(inside))?;
-    let stat = data_stat(&data, &located.folders.data_path(inside))?;
-    let tie = if held {
-        Tie::HeldByDaemon
-    } else if fs::metadata(located.folders.data_path(inside))
-        .is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()))
-    {
-        Tie::DerivedPath
-    } else {
-        Tie::PathMoved
-    };
-    let file_system = nix::sys::statfs::fstatfs(&data)
+    let file_system = nix::sys::statfs::fstatfs(&view.data)
         .map_err(|e| Refusal::new(Reason::IoError, format!("cache file: {e}")))?;
     Ok(Gathered {
         facts: Facts {
-            read_only: located.read_only,
-            shared_with: located.shared_with.clone(),
-            fuse_size: fuse.size(),
-            fuse_modified: Timestamp::modified(&fuse),
-            tie,
-            data_size: stat.size(),
-            data_links: stat.nlink(),
+            mount: clip.located.mount_facts(),
+            fuse_size: view.fuse.size(),
+            fuse_modified: Timestamp::modified(&view.fuse),
+            tie: view.tie,
+            data_size: view.stat.size(),
+            data_links: view.stat.nlink(),
             data_fs: file_system.filesystem_type().0,
-            metadata: metadata::parse(&metadata.bytes)?,
+            data_block: view.stat.blksize().max(MIN_BLOCK),
+            metadata: metadata::parse(&view.metadata.bytes)?,
+            pulled: clip.pulled.is_some(),
+            writable,
         },
-        data,
-        metadata,
+        data: view.data,
+        metadata: view.metadata,
     })
 }
 
-fn data_stat(data: &File, path: &Path) -> Result<fs::Metadata, Refusal> {
-    data.metadata()
-        .map_err(|e| Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::IoError))
+/// The refusal that a failed cachestat(2) means.
+pub(crate) fn no_cachestat(error: io::Error) -> Refusal {
+    Refusal::from_io(
+        "cachestat, which tells whether programs have changed the clip",
+        &error,
+        Reason::Unsupported,
+    )
+}
+
+/// Steps 4 to 6 of the protocol, once.
+struct View {
+    fuse: fs::Metadata,
+    data: File,
+    stat: fs::Metadata,
+    tie: Tie,
+    metadata: MetadataFile,
+}
+
+impl View {
+    fn take(clip: &Clip<'_>, file: &impl FuseFile, trail: &mut Trail) -> Result<Self, Refusal> {
+        // By path, not by descriptor: only a lookup brings new attributes.
+        let shown = format_args!("`{}`", clip.path.display()).to_string();
+        let fuse = fs::metadata(clip.path)
+            .map_err(|e| Refusal::from_io(&shown, &e, Reason::Changed))
+            .and_then(|fuse| {
+                if file.is(&fuse) {
+                    Ok(fuse)
+                } else {
+                    let detail = format!("{shown} leads to another file by now");
+                    Err(Refusal::new(Reason::Changed, detail))
+                }
+            });
+        let fuse = trail.step(Gate::Identity, fuse, |fuse| {
+            format!("{shown} is inode {}", fuse.ino())
+        })?;
+        let path = clip.located.folders.data_path(clip.inside);
+        let opened = open_data(clip.located, clip.inside);
+        let (data, held) = trail.step(Gate::DataFile, opened, |(_, held)| {
+            let how = if *held {
+                "held by"
+            } else {
+                "where its path says, of"
+            };
+            format!(
+                "`{}`, {how} pid {}",
+                path.display(),
+                clip.located.daemon.pid
+            )
+        })?;
+        // The metadata after the data: one written for a file that did not exist
+        // yet would otherwise vouch for the empty file that came after it.
+        let metadata_path = clip.located.folders.metadata_path(clip.inside);
+        let metadata = read_metadata(&metadata_path);
+        let metadata = trail.step(Gate::Metadata, metadata, |found| {
+            let path = metadata_path.display();
+            format!("`{path}`, {} bytes, twice the same", found.bytes.len())
+        })?;
+        let stat = data.metadata().map_err(|e| {
+            Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::IoError)
+        })?;
+        let tie = if held {
+            Tie::HeldByDaemon
+        } else if fs::metadata(&path).is_ok_and(|now| identity(&now) == identity(&stat)) {
+            Tie::DerivedPath
+        } else {
+            Tie::PathMoved
+        };
+        Ok(Self {
+            fuse,
+            data,
+            stat,
+            tie,
+            metadata,
+        })
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        let fuse = |view: &Self| (view.fuse.size(), Timestamp::modified(&view.fuse));
+        fuse(self) == fuse(other)
+            && identity(&self.stat) == identity(&other.stat)
+            && self.metadata.bytes == other.metadata.bytes
+    }
+}
+
+fn identity(file: &fs::Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+/// Waits for a rename in the clip's folder to be over: between the renames of
+/// data and metadata, one clip's metadata lies over another's data. rclone
+/// answers the lookup of a name that nobody has asked for yet only then.
+fn rename_barrier(path: &Path) -> Result<(), Refusal> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let name = format!(
+        ".vmafx-bypass-{}-{}-{}",
+        std::process::id(),
+        coarse_ms(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    );
+    let path = path.with_file_name(name);
+    let refuse = |what: &dyn fmt::Display| {
+        let detail = format!("rename barrier `{}`: {what}", path.display());
+        Err(Refusal::new(Reason::IoError, detail))
+    };
+    match fs::symlink_metadata(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => refuse(&e),
+        Ok(_) => refuse(&"exists"),
+    }
 }
 
 /// Opens the clip's data file: the inode that the daemon itself has open for
@@ -193,12 +323,11 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         if fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))? != target {
             continue;
         }
-        let stat = file.metadata()?;
-        let identity = (stat.dev(), stat.ino());
+        let own = identity(&file.metadata()?);
         match &found {
-            Some((_, first)) if *first != identity => return Ok(Held::Several),
+            Some((_, first)) if *first != own => return Ok(Held::Several),
             Some(_) => {}
-            None => found = Some((file, identity)),
+            None => found = Some((file, own)),
         }
     }
     Ok(found.map_or(Held::None, |(file, _)| Held::One(file)))

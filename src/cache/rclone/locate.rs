@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::daemon::{Daemon, Start, all_rclones, base_name};
+use crate::cache::proof::MountFacts;
 use crate::mounts::{Dev, Mount, MountTable, split_source};
 use crate::reason::{Reason, Refusal};
+use crate::sys::kernel_version;
 
 /// The cache folders of one mount.
 #[derive(Debug, Clone)]
@@ -78,6 +80,12 @@ pub struct Located {
 }
 
 impl Located {
+    /// What the proof's first gates are about.
+    #[must_use]
+    pub fn mount_facts(&self) -> MountFacts {
+        mount_facts(self.read_only, self.shared_with.clone())
+    }
+
     /// Locates the cache of an rclone mount.
     ///
     /// # Errors
@@ -108,6 +116,16 @@ impl Located {
             folders,
             daemon,
         })
+    }
+}
+
+/// What the proof's first gates are about, on the running kernel.
+#[must_use]
+pub fn mount_facts(read_only: bool, shared_with: Option<String>) -> MountFacts {
+    MountFacts {
+        read_only,
+        shared_with,
+        kernel: kernel_version(),
     }
 }
 

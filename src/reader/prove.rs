@@ -1,0 +1,104 @@
+//! From an open file to a proof.
+
+use std::path::Path;
+
+use super::companion::{self, Companion};
+use super::epoch::Epoch;
+use crate::cache::proof;
+use crate::cache::rclone::{self, Clip, Locator};
+use crate::cache::trail::{Gate, Trail};
+use crate::mounts::Mount;
+use crate::reason::{Reason, Refusal};
+
+/// Gathers the facts of a clip and decides. `pulled`: an offset that was read
+/// through FUSE already.
+pub(super) fn prove(
+    companion: &Companion,
+    pulled: Option<u64>,
+    trail: &mut Trail,
+) -> Result<Epoch, Refusal> {
+    let opened = if companion.is_writable() {
+        Err(Refusal::new(
+            Reason::WriteOpen,
+            format!("`{}` is open for writing", companion.path().display()),
+        ))
+    } else {
+        Ok(())
+    };
+    trail.step(Gate::ReadOnlyOpen, opened, |()| {
+        "the descriptor cannot write".into()
+    })?;
+    let mount_id = companion.mount_id()?;
+    let path = companion.current_path()?;
+    let (mount, located) = Locator::with(|locator| {
+        let mount = find_mount(locator, mount_id, &path);
+        let mount = trail.step(Gate::Mount, mount, |mount| {
+            let (point, source) = (mount.point.display(), mount.source.display());
+            format!("`{point}`, {} of `{source}`", mount.fstype)
+        })?;
+        let located = trail.step(Gate::Daemon, locator.locate(&mount), |located| {
+            format!("pid {}", located.daemon.pid)
+        })?;
+        Ok((mount, located))
+    })?;
+    // Before anything is asked of rclone: for such a mount no answer helps.
+    proof::check_mount(&located.mount_facts(), trail)?;
+    let inside = mount.inside(&path).ok_or_else(|| {
+        Refusal::new(
+            Reason::Ambiguous,
+            format!(
+                "`{}` is not below its mount point `{}`",
+                path.display(),
+                mount.point.display()
+            ),
+        )
+    })?;
+    let clip = Clip {
+        located: &located,
+        path: &path,
+        inside: &inside,
+        pulled,
+    };
+    let gathered = rclone::gather(&clip, companion, trail)?;
+    let proof = proof::prove(&gathered.facts, trail)?;
+    Ok(Epoch::new(
+        proof,
+        gathered.data,
+        gathered.metadata,
+        located.folders.data_path(&inside),
+    ))
+}
+
+/// The rclone mount of this id. What the table says of it is checked against
+/// the kernel: a mount point moves without notice when a folder above it is
+/// renamed, and another mount may cover it.
+fn find_mount(locator: &mut Locator, id: u64, path: &Path) -> Result<Mount, Refusal> {
+    for reread in [false, true] {
+        if reread {
+            locator.reread()?;
+        }
+        let table = locator.table();
+        let Some(mount) = table.by_id(id) else {
+            continue;
+        };
+        if !mount.is_rclone() {
+            let reason = if mount.is_fuse() {
+                Reason::NotRclone
+            } else {
+                Reason::NotFuse
+            };
+            let detail = format!("`{}` is on {}", path.display(), mount.fstype);
+            return Err(Refusal::new(reason, detail));
+        }
+        if companion::mount_id_of(&mount.point) == Ok(id) {
+            return Ok(mount.clone());
+        }
+    }
+    Err(Refusal::new(
+        Reason::Ambiguous,
+        format!(
+            "`{}`: its mount is gone, covered or not ours to see",
+            path.display()
+        ),
+    ))
+}
