@@ -13,7 +13,6 @@ use std::time::Duration;
 use common::clips::*;
 use common::{content, eventually, fuse_range, need_root, put, rclones, rig_with};
 use vmafx_bypass::cache::rclone::parse_metadata;
-use vmafx_bypass::rig::RigOptions;
 use vmafx_bypass::{BypassFile, Reason};
 
 #[test]
