@@ -30,6 +30,11 @@ pub enum Command {
     DumpMap(DumpMapArgs),
     /// Read a file, from the cache where that is proven to be right.
     Read(ReadArgs),
+    /// Show whether a file is bypassed, gate by gate, and why not.
+    ///
+    /// It opens the file through FUSE and, where something of it is cached,
+    /// reads one byte there, as every proof does. It changes nothing else.
+    Explain(ExplainArgs),
     /// Measure FUSE, the bypass and the raw cache file side by side.
     Bench(BenchArgs),
 }
@@ -124,10 +129,31 @@ pub struct ReadArgs {
     /// How to read: `auto` takes the fastest that is right.
     #[arg(long, value_enum, default_value_t = ReadEngine::Auto)]
     pub engine: ReadEngine,
+    /// Compare what comes from the cache with FUSE's bytes: up to 4 KiB of the
+    /// first read and of every 64th, or all. On a difference FUSE's bytes are
+    /// written, and the exit code is 4.
+    #[arg(long, value_enum, default_value_t = VerifyMode::Off)]
+    pub verify: VerifyMode,
     /// Tell on standard error which way the bytes came.
     #[arg(long, value_enum, num_args = 0..=1, require_equals = true,
           default_missing_value = "text", value_name = "FORMAT")]
     pub stats: Option<Format>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VerifyMode {
+    Off,
+    Sample,
+    Full,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The file.
+    pub path: PathBuf,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

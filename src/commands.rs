@@ -4,5 +4,6 @@ pub mod bench;
 pub mod dump_map;
 #[cfg(feature = "ebpf")]
 mod estimate;
+pub mod explain;
 pub mod read;
 pub mod run;

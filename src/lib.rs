@@ -23,7 +23,7 @@ mod sys;
 #[cfg(feature = "ebpf")]
 pub mod tracker;
 
-pub use reader::{BypassFile, ReadStats};
+pub use reader::{BypassFile, Explanation, ReadStats, Verify};
 pub use reason::{Reason, Refusal};
 #[cfg(feature = "ebpf")]
 pub use tracker::{Tracker, TrackerOptions};

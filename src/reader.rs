@@ -4,6 +4,7 @@
 mod buffer;
 mod companion;
 mod epoch;
+mod explain;
 mod prove;
 mod pulled;
 mod stats;
@@ -18,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+pub use explain::Explanation;
 pub use stats::ReadStats;
 
 use crate::cache::ranges::Span;

@@ -4,10 +4,16 @@
 use std::collections::BTreeSet;
 
 use vmafx_bypass::Reason;
+use vmafx_bypass::cache::trail::Gate;
 
 const REFERENCE: &str = include_str!("../docs/REFERENCE.md");
 const SEMANTICS: &str = include_str!("../docs/SEMANTICS.md");
-const TESTS: &str = concat!(include_str!("reader.rs"), include_str!("changes.rs"));
+const TESTS: &str = concat!(
+    include_str!("reader.rs"),
+    include_str!("changes.rs"),
+    include_str!("writable.rs"),
+    include_str!("explain.rs"),
+);
 
 /// The first cells, in back-ticks, of the table below a heading.
 fn table(heading: &str) -> BTreeSet<&'static str> {
@@ -21,6 +27,12 @@ fn table(heading: &str) -> BTreeSet<&'static str> {
 fn every_reason_is_documented() {
     let reasons: BTreeSet<_> = Reason::ALL.iter().map(|r| r.name()).collect();
     assert_eq!(table("Reasons"), reasons);
+}
+
+#[test]
+fn every_gate_is_documented() {
+    let gates: BTreeSet<_> = Gate::ALL.iter().map(|g| g.name()).collect();
+    assert_eq!(table("Gates"), gates);
 }
 
 #[cfg(feature = "ebpf")]

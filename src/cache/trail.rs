@@ -126,6 +126,17 @@ impl Trail {
         result
     }
 
+    /// Notes a step only if it does not hold: another one tells of success.
+    ///
+    /// # Errors
+    /// Those of `result`.
+    pub fn failure<T>(&mut self, gate: Gate, result: Result<T, Refusal>) -> Result<T, Refusal> {
+        result.inspect_err(|refusal| {
+            // It is handed back by `inspect_err`.
+            let _ = self.note(gate, Err(refusal.clone()));
+        })
+    }
+
     /// The steps, in the order in which they were come to.
     #[must_use]
     pub fn into_steps(self) -> Vec<Step> {

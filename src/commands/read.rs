@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vmafx_bypass::{BypassFile, Reason};
+use vmafx_bypass::{BypassFile, Reason, Verify};
 
-use crate::cli::{Format, ReadArgs, ReadEngine};
-use crate::exit::Exit;
+use crate::cli::{Format, ReadArgs, ReadEngine, VerifyMode};
+use crate::exit::{Coded, Exit};
 use crate::output::{self, JsonPath, Notes, SCHEMA, Sink, human_bytes};
 use crate::signals::{Interrupted, Signals};
 
@@ -20,7 +20,12 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         ReadEngine::Fuse => BypassFile::open_fuse_only(&args.path),
         ReadEngine::Auto | ReadEngine::Pread => BypassFile::open(&args.path),
     }
-    .with_context(|| format!("`{}`", args.path.display()))?;
+    .with_context(|| format!("`{}`", args.path.display()))?
+    .verifying(match args.verify {
+        VerifyMode::Off => Verify::Off,
+        VerifyMode::Sample => Verify::Sample,
+        VerifyMode::Full => Verify::Full,
+    });
     let open_ns = started.elapsed().as_nanos() as u64;
     let opened_as = file.refusal();
 
@@ -36,7 +41,7 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let stats = file.stats();
     let asked_for_fuse = args.engine == ReadEngine::Fuse;
     for (reason, bytes) in &stats.by_reason {
-        if asked_for_fuse || *reason == Reason::NotFuse {
+        if asked_for_fuse || matches!(reason, Reason::NotFuse | Reason::Edge) {
             continue;
         }
         let detail = opened_as
@@ -53,7 +58,8 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     if let Some(format) = args.stats {
         let state = match (&opened_as, stats.cache_bytes) {
             (Some(refusal), 0) => refusal.reason.name(),
-            _ => match stats.by_reason.keys().next() {
+            // A block at the edges is no reason to worry.
+            _ => match stats.by_reason.keys().find(|r| **r != Reason::Edge) {
                 Some(reason) => reason.name(),
                 None => "active",
             },
@@ -65,11 +71,23 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
             bytes: stats.cache_bytes + stats.fuse_bytes(),
             cache_bytes: stats.cache_bytes,
             fuse_bytes: stats.fuse_bytes(),
+            verified_bytes: stats.verified_bytes,
+            mismatch_offset: file.mismatch(),
             bytes_by_reason: stats.by_reason,
             open_ns,
             read_ns,
         };
         output::report(report.render(format)?);
+    }
+    if let Some(offset) = file.mismatch() {
+        return Err(Coded::error(
+            Exit::Mismatch,
+            format!(
+                "`{}`: the cache and fuse differ at offset {offset}; fuse's bytes were written, {}",
+                args.path.display(),
+                Reason::Quarantined.remedy()
+            ),
+        ));
     }
     Ok(Exit::Done)
 }
@@ -83,6 +101,9 @@ struct Report {
     bytes: u64,
     cache_bytes: u64,
     fuse_bytes: u64,
+    verified_bytes: u64,
+    /// The first offset at which the cache had other bytes than FUSE.
+    mismatch_offset: Option<u64>,
     bytes_by_reason: BTreeMap<Reason, u64>,
     open_ns: u64,
     read_ns: u64,
@@ -94,8 +115,12 @@ impl Report {
             return Ok(serde_json::to_string(self)?);
         }
         let rate = self.bytes as f64 / (self.read_ns.max(1) as f64 / 1e9);
+        let verified = match self.verified_bytes {
+            0 => String::new(),
+            bytes => format!("; {} compared with FUSE", human_bytes(bytes)),
+        };
         Ok(format!(
-            "{}: {} ({} from the cache, {} through FUSE) in {:.1} ms, {}/s; opened in {:.1} ms",
+            "{}: {} ({} from the cache, {} through FUSE) in {:.1} ms, {}/s; opened in {:.1} ms{verified}",
             self.state,
             human_bytes(self.bytes),
             human_bytes(self.cache_bytes),

@@ -165,6 +165,36 @@ impl Epoch {
         }
     }
 
+    /// What a read would do with each range of the file: from the cache
+    /// (`None`), or through FUSE and why. Neighbours differ.
+    pub(super) fn map(&self) -> Result<Vec<(Span, Option<Reason>)>, Refusal> {
+        let mut map: Vec<(Span, Option<Reason>)> = Vec::new();
+        let mut add = |span: Span, reason| match map.last_mut() {
+            Some((last, before)) if *before == reason => last.end = span.end,
+            _ => map.push((span, reason)),
+        };
+        let mut start = 0;
+        let mut pieces = self.pieces.iter().enumerate();
+        while start < self.proof.size {
+            let piece = pieces.next();
+            let next = piece.map_or(self.proof.size, |(_, piece)| piece.start);
+            while start < next {
+                let (end, reason) = match place(self.proof.listed.spans(), start) {
+                    Place::In(i) => (self.proof.listed.spans()[i].end, Reason::Edge),
+                    Place::Before(listed) => (listed, Reason::Partial),
+                };
+                let end = end.min(next);
+                add(Span { start, end }, Some(reason));
+                start = end;
+            }
+            if let Some((index, piece)) = piece {
+                add(*piece, (!self.check(index)?).then_some(Reason::Hole));
+                start = piece.end;
+            }
+        }
+        Ok(map)
+    }
+
     /// Whether a piece may be read; an error where the proof has ended.
     fn check(&self, index: usize) -> Result<bool, Refusal> {
         let state = self.checked[index].load(Ordering::Acquire);

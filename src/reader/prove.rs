@@ -28,8 +28,8 @@ pub(super) fn prove(
     trail.step(Gate::ReadOnlyOpen, opened, |()| {
         "the descriptor cannot write".into()
     })?;
-    let mount_id = companion.mount_id()?;
-    let path = companion.current_path()?;
+    let mount_id = trail.failure(Gate::Mount, companion.mount_id())?;
+    let path = trail.failure(Gate::Mount, companion.current_path())?;
     let (mount, located) = Locator::with(|locator| {
         let mount = find_mount(locator, mount_id, &path);
         let mount = trail.step(Gate::Mount, mount, |mount| {
@@ -44,15 +44,11 @@ pub(super) fn prove(
     // Before anything is asked of rclone: for such a mount no answer helps.
     proof::check_mount(&located.mount_facts(), trail)?;
     let inside = mount.inside(&path).ok_or_else(|| {
-        Refusal::new(
-            Reason::Ambiguous,
-            format!(
-                "`{}` is not below its mount point `{}`",
-                path.display(),
-                mount.point.display()
-            ),
-        )
-    })?;
+        let (path, point) = (path.display(), mount.point.display());
+        let detail = format!("`{path}` is not below its mount point `{point}`");
+        Refusal::new(Reason::Ambiguous, detail)
+    });
+    let inside = trail.failure(Gate::Identity, inside)?;
     let clip = Clip {
         located: &located,
         path: &path,

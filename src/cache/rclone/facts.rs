@@ -15,7 +15,7 @@ use nix::fcntl::OFlag;
 use super::locate::Located;
 use super::metadata::{self, MetadataFile, read_metadata};
 use super::names;
-use crate::cache::proof::{Facts, Tie, Timestamp, WritableFacts};
+use crate::cache::proof::{Facts, Metadata, Tie, Timestamp, WritableFacts};
 use crate::cache::ranges::Ranges;
 use crate::cache::trail::{Gate, Trail};
 use crate::reason::{Reason, Refusal};
@@ -100,17 +100,18 @@ pub(crate) fn gather(
     let mut view = View::take(clip, file, trail)?;
     let mut writable = None;
     if !clip.located.read_only {
-        rename_barrier(clip.path)?;
+        trail.failure(Gate::Settled, rename_barrier(clip.path))?;
         let again = View::take(clip, file, trail)?;
-        let unwritten = file.unwritten_pages(0, 0);
+        let unwritten = file.unwritten_pages(0, 0).map_err(no_cachestat);
         writable = Some(WritableFacts {
             settled: again.is_same(&view),
-            unwritten_pages: unwritten.map_err(no_cachestat)?,
+            unwritten_pages: trail.failure(Gate::PageCache, unwritten)?,
         });
         view = again;
     }
     let file_system = nix::sys::statfs::fstatfs(&view.data)
-        .map_err(|e| Refusal::new(Reason::IoError, format!("cache file: {e}")))?;
+        .map_err(|e| Refusal::new(Reason::IoError, format!("fstatfs of the cache file: {e}")));
+    let file_system = trail.failure(Gate::FileSystem, file_system)?;
     Ok(Gathered {
         facts: Facts {
             mount: clip.located.mount_facts(),
@@ -121,7 +122,7 @@ pub(crate) fn gather(
             data_links: view.stat.nlink(),
             data_fs: file_system.filesystem_type().0,
             data_block: view.stat.blksize().max(MIN_BLOCK),
-            metadata: metadata::parse(&view.metadata.bytes)?,
+            metadata: view.parsed,
             pulled: clip.pulled.is_some(),
             writable,
         },
@@ -146,6 +147,7 @@ struct View {
     stat: fs::Metadata,
     tie: Tie,
     metadata: MetadataFile,
+    parsed: Metadata,
 }
 
 impl View {
@@ -182,14 +184,16 @@ impl View {
         // The metadata after the data: one written for a file that did not exist
         // yet would otherwise vouch for the empty file that came after it.
         let metadata_path = clip.located.folders.metadata_path(clip.inside);
-        let metadata = read_metadata(&metadata_path);
-        let metadata = trail.step(Gate::Metadata, metadata, |found| {
+        let metadata = read_metadata(&metadata_path)
+            .and_then(|file| metadata::parse(&file.bytes).map(|parsed| (file, parsed)));
+        let (metadata, parsed) = trail.step(Gate::Metadata, metadata, |(file, _)| {
             let path = metadata_path.display();
-            format!("`{path}`, {} bytes, twice the same", found.bytes.len())
+            format!("`{path}`, {} bytes, twice the same", file.bytes.len())
         })?;
         let stat = data.metadata().map_err(|e| {
             Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::IoError)
-        })?;
+        });
+        let stat = trail.failure(Gate::Links, stat)?;
         let tie = if held {
             Tie::HeldByDaemon
         } else if fs::metadata(&path).is_ok_and(|now| identity(&now) == identity(&stat)) {
@@ -203,6 +207,7 @@ impl View {
             stat,
             tie,
             metadata,
+            parsed,
         })
     }
 
