@@ -6,9 +6,10 @@ SHELL := /bin/bash
 CARGO_TARGET_DIR ?= target
 BIN := $(CARGO_TARGET_DIR)/release/vmafx-bypass
 PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-unit lint doc bench deny install clean
+.PHONY: help setup build demo test test-unit lint doc bench fuzz deny install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,12 @@ doc: ## build the library's documentation, warnings denied
 
 bench: setup build ## measure on a generated clip
 	$(BIN) bench --generate 100MiB
+
+fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
+	for target in metadata fingerprint mountinfo; do mkdir -p fuzz/corpus/$$target && \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 deny: ## check licences, bans and sources of dependencies (needs cargo-deny)
 	cargo deny --all-features check licenses bans sources
