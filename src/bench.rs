@@ -7,6 +7,7 @@
 
 mod engine;
 mod gate;
+mod offsets;
 mod statistics;
 
 use std::fs::File;
@@ -21,9 +22,10 @@ pub use gate::{Check, Gate, Verdict};
 pub use statistics::Percentiles;
 
 use engine::Opened;
+use offsets::random_offsets;
 
-/// Random reads of one run, at most.
-const RANDOM_READS: u64 = 1_000;
+/// Opens of one run, at most.
+const OPENS: usize = 50;
 
 /// A way to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -56,6 +58,8 @@ pub enum Pattern {
     Sequential,
     /// Whole blocks in a fixed random order, none twice; a sample is one read.
     Random,
+    /// A sample is an open and the read of one block.
+    Open,
 }
 
 impl Pattern {
@@ -64,6 +68,7 @@ impl Pattern {
         match self {
             Self::Sequential => "sequential",
             Self::Random => "random",
+            Self::Open => "open",
         }
     }
 }
@@ -98,7 +103,7 @@ pub struct Measurement {
     /// Readers at once.
     pub streams: u32,
     /// Every sample in order, nanoseconds: of a whole clip if sequential, of
-    /// one read if random.
+    /// one read if random, of an open and one read if open.
     pub samples_ns: Vec<u64>,
     /// Every open, nanoseconds; not part of the samples.
     pub open_ns: Vec<u64>,
@@ -226,12 +231,16 @@ impl<'a> Case<'a> {
                 block_size,
             });
         }
+        let mut offsets = random_offsets(blocks, block_size as u64);
+        if pattern == Pattern::Open {
+            offsets.truncate(OPENS);
+        }
         Ok(Self {
             clip,
             pattern,
             block_size,
             size,
-            offsets: random_offsets(blocks, block_size as u64),
+            offsets,
         })
     }
 
@@ -304,6 +313,9 @@ impl<'a> Case<'a> {
         // An open drops the pages that FUSE has cached, 15 ms for 100 MiB: not
         // to be paid by whichever engine comes after the one that read them.
         drop(File::open(self.clip).map_err(|e| self.io(e))?);
+        if self.pattern == Pattern::Open {
+            return self.open_and_read(series);
+        }
         let opening = Instant::now();
         let mut file = Opened::open(series.engine, self.clip)?;
         series.open_ns.push(opening.elapsed().as_nanos() as u64);
@@ -315,12 +327,35 @@ impl<'a> Case<'a> {
                 })?;
                 series.samples_ns.push(started.elapsed().as_nanos() as u64);
             }
-            Pattern::Random => self.read(&mut file, |bytes, ns| {
+            Pattern::Random | Pattern::Open => self.read(&mut file, |bytes, ns| {
                 std::hint::black_box(bytes);
                 series.samples_ns.push(ns);
             })?,
         }
         series.fuse_bytes += file.fuse_bytes();
+        Ok(())
+    }
+
+    /// Opens and reads one block, and closes, untimed, again and again.
+    fn open_and_read(&self, series: &mut Series) -> Result<(), BenchError> {
+        // The raw file's path comes from a proof, which is not raw's to pay.
+        let proven = match series.engine {
+            Engine::Raw => Some(Opened::raw_path(self.clip)?),
+            Engine::Fuse | Engine::Bypass => None,
+        };
+        let mut block = vec![0; self.block_size];
+        for &offset in &self.offsets {
+            let started = Instant::now();
+            let file = match &proven {
+                Some(path) => Opened::Plain(File::open(path).map_err(|e| self.io(e))?),
+                None => Opened::open(series.engine, self.clip)?,
+            };
+            series.open_ns.push(started.elapsed().as_nanos() as u64);
+            file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
+            series.samples_ns.push(started.elapsed().as_nanos() as u64);
+            std::hint::black_box(&block);
+            series.fuse_bytes += file.fuse_bytes();
+        }
         Ok(())
     }
 
@@ -344,7 +379,7 @@ impl<'a> Case<'a> {
                     return Err(self.io(error));
                 }
             }
-            Pattern::Random => {
+            Pattern::Random | Pattern::Open => {
                 for &offset in &self.offsets {
                     let started = Instant::now();
                     let n = file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
@@ -359,7 +394,7 @@ impl<'a> Case<'a> {
     fn results(&self, series: Vec<Series>) -> Vec<Measurement> {
         let bytes = match self.pattern {
             Pattern::Sequential => self.size,
-            Pattern::Random => self.block_size as u64,
+            Pattern::Random | Pattern::Open => self.block_size as u64,
         };
         let percentiles: Vec<_> = series
             .iter()
@@ -394,53 +429,9 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Starts of blocks in an order that is random but the same each time, none twice.
-fn random_offsets(blocks: u64, block_size: u64) -> Vec<u64> {
-    let count = blocks.min(RANDOM_READS);
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = move || {
-        // splitmix64 (Steele, Lea and Flood, 2014)
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    // Floyd's sampling: `count` of `blocks`, each as likely.
-    let mut chosen = std::collections::HashSet::new();
-    let mut offsets = Vec::with_capacity(count as usize);
-    for upper in blocks - count..blocks {
-        let candidate = next() % (upper + 1);
-        let block = if chosen.insert(candidate) {
-            candidate
-        } else {
-            chosen.insert(upper);
-            upper
-        };
-        offsets.push(block * block_size);
-    }
-    // Floyd's order leans: late blocks come late.
-    for i in (1..offsets.len()).rev() {
-        offsets.swap(i, (next() % (i as u64 + 1)) as usize);
-    }
-    offsets
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn random_offsets_are_blocks_and_none_twice() {
-        for blocks in [1, 2, 999, 1_000, 1_001, 1 << 20] {
-            let offsets = random_offsets(blocks, 4096);
-            let set: std::collections::HashSet<_> = offsets.iter().collect();
-            assert_eq!(set.len() as u64, blocks.min(RANDOM_READS));
-            assert_eq!(set.len(), offsets.len());
-            assert!(offsets.iter().all(|o| o % 4096 == 0 && o / 4096 < blocks));
-            assert_eq!(offsets, random_offsets(blocks, 4096));
-        }
-    }
 
     #[test]
     fn a_local_file_has_fuse_and_bypass_but_no_raw() {
@@ -450,12 +441,14 @@ mod tests {
         let mut plan = Plan {
             clips: vec![clip],
             engines: vec![Engine::Fuse, Engine::Bypass],
-            patterns: vec![Pattern::Sequential, Pattern::Random],
+            patterns: vec![Pattern::Sequential, Pattern::Random, Pattern::Open],
             block_sizes: vec![4096],
             runs: 3,
         };
         let results = measure(&plan, |_, _, _| {}, || false).unwrap();
-        assert_eq!(results.len(), 4);
+        assert_eq!(results.len(), 6);
+        assert_eq!(results[4].samples_ns.len(), 3 * 24);
+        assert_eq!(results[4].open_ns.len(), 3 * 24);
         assert_eq!(results[0].samples_ns.len(), 3);
         assert_eq!(results[2].samples_ns.len(), 3 * 24);
         assert_eq!(results[0].sha256, results[1].sha256);

@@ -221,6 +221,8 @@ pub struct BenchArgs {
 pub enum Pattern {
     Sequential,
     Random,
+    /// An open and one read.
+    Open,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

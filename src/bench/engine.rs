@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{BenchError, Engine};
 use crate::BypassFile;
@@ -26,18 +26,25 @@ impl Opened {
                 let file = BypassFile::open_to_measure(clip).map_err(io)?;
                 Ok(Self::Bypass(Box::new(file)))
             }
-            Engine::Raw => {
-                let file = BypassFile::open_to_measure(clip).map_err(io)?;
-                if let Some(refusal) = file.refusal() {
-                    return Err(BenchError::NotBypassed {
-                        path: clip.into(),
-                        refusal,
-                    });
-                }
-                let path = file.cache_path().unwrap_or_default();
-                File::open(path).map(Self::Plain).map_err(io)
-            }
+            Engine::Raw => File::open(Self::raw_path(clip)?)
+                .map(Self::Plain)
+                .map_err(io),
         }
+    }
+
+    /// Where a clip's cache file is, if it is proven.
+    pub(super) fn raw_path(clip: &Path) -> Result<PathBuf, BenchError> {
+        let file = BypassFile::open_to_measure(clip).map_err(|error| BenchError::Io {
+            path: clip.into(),
+            error,
+        })?;
+        if let Some(refusal) = file.refusal() {
+            return Err(BenchError::NotBypassed {
+                path: clip.into(),
+                refusal,
+            });
+        }
+        Ok(file.cache_path().unwrap_or_default())
     }
 
     pub(super) fn read(&mut self, block: &mut [u8]) -> io::Result<usize> {

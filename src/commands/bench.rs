@@ -126,6 +126,7 @@ fn plan(args: &BenchArgs) -> Plan {
     let patterns = args.pattern.iter().map(|pattern| match pattern {
         cli::Pattern::Sequential => Pattern::Sequential,
         cli::Pattern::Random => Pattern::Random,
+        cli::Pattern::Open => Pattern::Open,
     });
     Plan {
         // An absolute path stays as it is.
@@ -161,6 +162,9 @@ fn check_gates(gates: &[Gate], plan: &Plan) -> Result<()> {
                 "--gate compares fuse with bypass: add {name} to --engines"
             ));
         }
+    }
+    if plan.patterns.iter().all(|p| *p == Pattern::Open) {
+        return usage("--gate compares reads: add sequential or random to --pattern".into());
     }
     for size in gates.iter().filter_map(|gate| gate.block_size) {
         if !plan.block_sizes.contains(&size) {

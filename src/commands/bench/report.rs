@@ -63,7 +63,7 @@ impl<'a> Report<'a> {
                 escape(clip.path.as_ref()),
                 human_bytes(clip.size)
             )?;
-            for pattern in [Pattern::Sequential, Pattern::Random] {
+            for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Open] {
                 let of_pattern: Vec<&Measurement> = self
                     .results
                     .iter()
@@ -99,6 +99,7 @@ impl<'a> Report<'a> {
         let what = match pattern {
             Pattern::Sequential => "sequential, the whole clip",
             Pattern::Random => "random, one read",
+            Pattern::Open => "open and one read",
         };
         writeln!(
             out,
