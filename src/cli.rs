@@ -37,6 +37,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Measure FUSE, the bypass and the raw cache file side by side.
     Bench(BenchArgs),
+    /// Complete clips in rclone's cache: read what is missing, and only that.
+    Warm(WarmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -235,6 +237,33 @@ pub enum Engine {
     Raw,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes: 0 all is cached, or read to its end and only not shown by rclone's
+metadata yet (`unconfirmed`); 1 something is not; 3 a mount does not cache what
+is read, or hides its cache; 130 or 143 a signal came: what is cached stays, and
+another run goes on. With --check, 0 says that the metadata shows every byte;
+only a `read` proves them.")]
+pub struct WarmArgs {
+    /// Clips, or folders of clips, on rclone mounts.
+    #[arg(required = true)]
+    pub path: Vec<PathBuf>,
+    /// Only look at rclone's metadata; opens no clip.
+    #[arg(long)]
+    pub check: bool,
+    /// Clips that are read at once.
+    #[arg(short, long, default_value_t = 4, value_name = "N",
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub jobs: u16,
+    /// How long to wait at the end until rclone's metadata shows every byte,
+    /// from rclone 1.74 on at least 5 seconds; `none`: do not wait.
+    #[arg(long, default_value = "20s", value_name = "DURATION")]
+    pub wait: Confirm,
+    /// How to print results.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
 /// A number of bytes: `4096`, `64KiB`, `100MiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size(pub u64);
@@ -290,6 +319,21 @@ impl FromStr for Wait {
         match text {
             "forever" => Ok(Self::Forever),
             duration => duration.parse().map(Self::AtMost),
+        }
+    }
+}
+
+/// How long to wait for rclone's metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Confirm(pub Option<std::time::Duration>);
+
+impl FromStr for Confirm {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "none" => Ok(Self(None)),
+            duration => Ok(Self(Some(humantime::parse_duration(duration)?))),
         }
     }
 }

@@ -7,3 +7,4 @@ mod estimate;
 pub mod explain;
 pub mod read;
 pub mod run;
+pub mod warm;

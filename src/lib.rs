@@ -9,6 +9,7 @@
     doc = "- [`Tracker`] knows which descriptors on a mount are open, host-wide, from\n  tracepoints."
 )]
 //! - [`mod@bench`] compares the ways to read a clip.
+//! - [`warm`] completes clips in the cache.
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
@@ -22,6 +23,7 @@ pub mod rig;
 mod sys;
 #[cfg(feature = "ebpf")]
 pub mod tracker;
+pub mod warm;
 
 pub use reader::{BypassFile, Explanation, ReadStats, Verify};
 pub use reason::{Reason, Refusal};

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         Command::Read(args) => commands::read::run(&args, &notes, signals),
         Command::Explain(args) => commands::explain::run(&args),
         Command::Bench(args) => commands::bench::run(&args, &notes, signals),
+        Command::Warm(args) => commands::warm::run(&args, &notes, signals),
     };
     match result {
         Ok(exit) => exit.into(),

@@ -79,6 +79,39 @@ impl Ranges {
         Self(self.0.iter().filter_map(|s| s.inner(block)).collect())
     }
 
+    /// What the set lacks of the bytes up to `size`.
+    #[must_use]
+    pub fn missing(&self, size: u64) -> Self {
+        let mut spans = Vec::new();
+        let mut at = 0;
+        for span in &self.0 {
+            let end = span.start.min(size);
+            if at < end {
+                spans.push(Span { start: at, end });
+            }
+            at = span.end;
+        }
+        if at < size {
+            spans.push(Span {
+                start: at,
+                end: size,
+            });
+        }
+        Self(spans)
+    }
+
+    /// Adds a range, joined with those that it meets.
+    pub fn insert(&mut self, span: Span) {
+        let from = self.0.partition_point(|s| s.end < span.start);
+        let to = self.0.partition_point(|s| s.start <= span.end);
+        let met = &self.0[from..to];
+        let joined = Span {
+            start: met.first().map_or(span.start, |s| s.start.min(span.start)),
+            end: met.last().map_or(span.end, |s| s.end.max(span.end)),
+        };
+        self.0.splice(from..to, [joined]);
+    }
+
     /// The same set in spans that cross no multiple of `window`.
     #[must_use]
     pub fn pieces(&self, window: u64) -> Vec<Span> {
@@ -153,7 +186,57 @@ mod tests {
         assert_eq!(inner(u64::MAX - 2, u64::MAX), None);
     }
 
+    #[test]
+    fn what_is_missing_ends_at_the_size() {
+        let ranges = Ranges::from_sorted(&[(4, 4), (16, 4)], 100).unwrap();
+        let missing = |size| {
+            let spans = ranges.missing(size);
+            let pairs: Vec<_> = spans.spans().iter().map(|s| (s.start, s.end)).collect();
+            pairs
+        };
+        assert_eq!(missing(0), []);
+        assert_eq!(missing(3), [(0, 3)]);
+        assert_eq!(missing(6), [(0, 4)]);
+        assert_eq!(missing(20), [(0, 4), (8, 16)]);
+        assert_eq!(missing(30), [(0, 4), (8, 16), (20, 30)]);
+        assert_eq!(
+            Ranges::default().missing(u64::MAX).bytes(),
+            u64::MAX,
+            "of nothing, all is missing"
+        );
+    }
+
+    /// The set of a bitmap's bits.
+    fn of_bits(bits: &[bool]) -> Ranges {
+        let pairs: Vec<(u64, u64)> = (0..bits.len() as u64).zip(std::iter::repeat(1)).collect();
+        let set: Vec<_> = pairs
+            .into_iter()
+            .filter(|(at, _)| bits[*at as usize])
+            .collect();
+        Ranges::from_sorted(&set, u64::MAX).unwrap()
+    }
+
     proptest! {
+        /// Against a bitmap: what is missing is what is not there.
+        #[test]
+        fn missing_is_the_complement(bits: [bool; 32], size in 0usize..40) {
+            let mut wanted: Vec<bool> = bits.iter().map(|bit| !bit).collect();
+            wanted.resize(40, true);
+            wanted.truncate(size);
+            prop_assert_eq!(of_bits(&bits).missing(size as u64), of_bits(&wanted));
+        }
+
+        /// Against a bitmap: what was inserted is there, in the one right form.
+        #[test]
+        fn insert_is_the_union(bits: [bool; 32], start in 0usize..31, length in 1usize..32) {
+            let mut ranges = of_bits(&bits);
+            let end = (start + length).min(32);
+            ranges.insert(Span { start: start as u64, end: end as u64 });
+            let mut wanted = bits;
+            wanted[start..end].fill(true);
+            prop_assert_eq!(ranges, of_bits(&wanted));
+        }
+
         /// Against a bitmap: pieces hold exactly the set, in windows.
         #[test]
         fn pieces_are_the_set(

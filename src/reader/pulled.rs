@@ -3,11 +3,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::cache::ranges::{Place, Span, place};
+use crate::cache::ranges::{Place, Ranges, Span, place};
 
 /// Ranges that were read through FUSE while one data file was proven.
 #[derive(Default)]
-pub(super) struct Pulled(Mutex<Vec<Span>>);
+pub(super) struct Pulled(Mutex<Ranges>);
 
 impl Pulled {
     /// Adds what was read; neighbours grow together.
@@ -16,21 +16,15 @@ impl Pulled {
             return;
         }
         let mut spans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that overlap or adjoin.
-        let first = spans.partition_point(|s| s.end < span.start);
-        let last = spans.partition_point(|s| s.start <= span.end);
-        let joined = spans[first..last].iter().fold(span, |a, b| Span {
-            start: a.start.min(b.start),
-            end: a.end.max(b.end),
-        });
-        spans.splice(first..last, [joined]);
+        spans.insert(span);
     }
 
     /// Where `offset` falls: the inner part of a range that holds it, or where
     /// the next one begins. See [`Span::inner`].
     pub(super) fn find(&self, offset: u64, block: u64) -> Result<Span, u64> {
-        let spans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = match place(&spans, offset) {
+        let pulled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let spans = pulled.spans();
+        let index = match place(spans, offset) {
             Place::In(index) => index,
             Place::Before(next) => return Err(next),
         };
@@ -60,7 +54,7 @@ mod tests {
                 pulled.add(Span { start, end: start + length });
                 model[start as usize..(start + length) as usize].fill(true);
             }
-            let spans = pulled.0.lock().unwrap().clone();
+            let spans = pulled.0.lock().unwrap().spans().to_vec();
             prop_assert!(spans.windows(2).all(|s| s[0].end < s[1].start));
             for offset in 0..250u64 {
                 match pulled.find(offset, block) {
