@@ -24,15 +24,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How often to look whether it has.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// How to start.
+/// How to start. `{folder}` in the remote, in arguments and in the environment
+/// stands for the rig's own folder, which is also rclone's working folder.
 #[derive(Debug, Clone)]
 pub struct RigOptions {
     /// The program: a name to be found in PATH, or a path.
     pub rclone: PathBuf,
     /// What to mount; `None`: the served folder, over HTTP.
     pub remote: Option<String>,
+    /// `mount`, or another of rclone's commands that mount.
+    pub command: String,
     /// Further arguments of `rclone mount`.
     pub mount_arguments: Vec<String>,
+    /// Variables of its environment.
+    pub environment: Vec<(String, String)>,
+    /// Whether to say where the cache is; if not, the environment does.
+    pub cache_argument: bool,
     /// Whether to mount read-only.
     pub read_only: bool,
 }
@@ -42,7 +49,10 @@ impl Default for RigOptions {
         Self {
             rclone: "rclone".into(),
             remote: None,
+            command: "mount".into(),
             mount_arguments: Vec::new(),
+            environment: Vec::new(),
+            cache_argument: true,
             read_only: true,
         }
     }
@@ -52,6 +62,7 @@ impl Default for RigOptions {
 /// [`mountpoint`](Self::mountpoint).
 #[derive(Debug)]
 pub struct Rig {
+    program: PathBuf,
     options: RigOptions,
     folder: TempDir,
     remote: String,
@@ -71,8 +82,15 @@ impl Rig {
         fill: impl FnOnce(&Path) -> io::Result<()>,
     ) -> io::Result<Self> {
         let folder = tempfile::Builder::new().prefix("vmafx-bypass-").tempdir()?;
+        let is_path = options.rclone.components().count() > 1;
         let mut rig = Self {
-            remote: options.remote.clone().unwrap_or_default(),
+            // It is started from another folder.
+            program: if is_path {
+                std::path::absolute(&options.rclone)?
+            } else {
+                options.rclone.clone()
+            },
+            remote: String::new(),
             options,
             folder,
             server: None,
@@ -82,11 +100,17 @@ impl Rig {
             fs::create_dir(part)?;
         }
         fill(&rig.source())?;
-        if rig.options.remote.is_none() {
-            rig.serve()?;
+        match &rig.options.remote {
+            Some(remote) => rig.remote = rig.filled(remote),
+            None => rig.serve()?,
         }
         rig.mount()?;
         Ok(rig)
+    }
+
+    /// The rig's own folder, which holds all of it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// The folder that is served.
@@ -109,9 +133,13 @@ impl Rig {
         self.mount.as_ref().map(Child::id)
     }
 
+    fn filled(&self, text: &str) -> String {
+        text.replace("{folder}", &self.folder.path().to_string_lossy())
+    }
+
     fn command(&self, log: &str) -> io::Result<Command> {
         let log = File::create(self.folder.path().join(log))?;
-        let mut command = Command::new(&self.options.rclone);
+        let mut command = Command::new(&self.program);
         // Nobody's settings but ours, and no signal from the terminal's ^C:
         // the one who owns the rig ends it.
         for (name, _) in std::env::vars_os() {
@@ -119,8 +147,12 @@ impl Rig {
                 command.env_remove(name);
             }
         }
+        for (name, value) in &self.options.environment {
+            command.env(name, self.filled(value));
+        }
         command
             .arg("--config=")
+            .current_dir(self.folder.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -176,15 +208,18 @@ impl Rig {
     pub fn mount(&mut self) -> io::Result<()> {
         let mut command = self.command("mount.log")?;
         command
-            .arg("mount")
+            .arg(&self.options.command)
             .arg(&self.remote)
             .arg(self.mountpoint())
-            .args(["--vfs-cache-mode", "full", "--cache-dir"])
-            .arg(self.cache());
+            .args(["--vfs-cache-mode", "full"]);
+        if self.options.cache_argument {
+            command.arg("--cache-dir").arg(self.cache());
+        }
         if self.options.read_only {
             command.arg("--read-only");
         }
-        command.args(&self.options.mount_arguments);
+        let arguments = self.options.mount_arguments.iter();
+        command.args(arguments.map(|argument| self.filled(argument)));
         let mut mount = self.spawn(&mut command)?;
         let up = wait_until(|| Ok(self.is_mounted()? || mount.try_wait()?.is_some()))?;
         let ended = mount.try_wait()?.is_some();
