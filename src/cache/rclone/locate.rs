@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::daemon::{Daemon, Start, all_rclones, base_name};
+use super::names;
 use crate::cache::proof::MountFacts;
 use crate::mounts::{Dev, Mount, MountTable, split_source};
 use crate::reason::{Reason, Refusal};
@@ -24,7 +25,7 @@ pub struct Folders {
     daemon_root: PathBuf,
     /// The cache folder in the daemon's eyes.
     cache: PathBuf,
-    /// `<Name>/<Root>`, below `vfs` and `vfsMeta`.
+    /// `<Name>/<Root>`, below `vfs` and `vfsMeta`, in the cache's encoding.
     remote: PathBuf,
 }
 
@@ -40,7 +41,13 @@ impl Folders {
 
     /// The data file of a clip below the cache folder.
     pub(super) fn tail(&self, inside: &Path) -> PathBuf {
-        Path::new("vfs").join(&self.remote).join(inside)
+        self.in_tree("vfs", inside)
+    }
+
+    fn in_tree(&self, tree: &str, inside: &Path) -> PathBuf {
+        Path::new(tree)
+            .join(&self.remote)
+            .join(names::in_cache(inside))
     }
 
     /// Whether a folder, in the daemon's eyes, is the cache folder.
@@ -59,8 +66,8 @@ impl Folders {
     /// The metadata file of a clip, as it can be opened here.
     #[must_use]
     pub fn metadata_path(&self, inside: &Path) -> PathBuf {
-        let tail = self.cache.join("vfsMeta").join(&self.remote).join(inside);
-        under(&self.daemon_root, &tail)
+        let tail = self.in_tree("vfsMeta", inside);
+        under(&self.daemon_root, &self.cache.join(tail))
     }
 }
 
@@ -103,6 +110,7 @@ impl Located {
                 ),
             ));
         }
+        names::check(&name_and_root(mount))?;
         let folders = Folders {
             daemon_root: daemon.root(),
             ..Folders::new(mount, start.cache_folder()?)
@@ -139,13 +147,16 @@ fn start_of(daemon: &Daemon) -> Result<Start, Refusal> {
     })
 }
 
-/// `<Name>/<Root>` of a mount's source; Root's own slashes at both ends go.
-fn remote_folder(mount: &Mount) -> PathBuf {
+/// `<Name>/<Root>` of a mount's source, in rclone's Standard encoding; Root's
+/// own slashes at both ends go.
+fn name_and_root(mount: &Mount) -> PathBuf {
     let (name, root) = split_source(&mount.source);
-    let root = root.strip_prefix("/").unwrap_or(&root);
-    let mut folder = PathBuf::from(name);
-    folder.extend(root.components());
-    folder
+    Path::new(&name).join(root.strip_prefix("/").unwrap_or(&root))
+}
+
+/// The same in the cache's encoding.
+fn remote_folder(mount: &Mount) -> PathBuf {
+    names::in_cache(&name_and_root(mount))
 }
 
 fn under(root: &Path, path: &Path) -> PathBuf {
@@ -322,6 +333,7 @@ mod tests {
             ("/data/src", "local/data/src"),
             ("src/sub", "local/src/sub"),
             ("cr:", "cr"),
+            ("web:a␊b//c", "web/a\nb/c"),
         ] {
             let line = format!("42 27 0:39 / /m ro - fuse.rclone {source} ro");
             let table = MountTable::parse(line.as_bytes());
