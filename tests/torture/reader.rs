@@ -1,0 +1,543 @@
+//! Readers: threads that read clips past FUSE in every way, and judge each
+//! read by FUSE. They run in processes of their own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::mpsc::Sender;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use vmafx_bypass::BypassFile;
+
+use crate::fuse::{self, Way};
+use crate::journal::now;
+use crate::judge::{Verdict, View, Wrong, judge};
+use crate::random::Random;
+
+/// How long FUSE may account for a read after it: these pauses in turn, ms.
+const REPEATS_MS: [u64; 5] = [0, 50, 200, 500, 1_200];
+/// How long FUSE may answer with errors before a read stays unjudged.
+const ERRORS_LAST: Duration = Duration::from_secs(4);
+/// On a read-only mount `Read` may return what it read ahead up to a second
+/// ago; with the clock's grain, a little more.
+const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
+/// Clips rest in turn, so that rclone closes them and writes their metadata.
+const REST_MS: u64 = 1_500;
+/// Findings of a read that are told.
+const TOLD: usize = 8;
+
+/// A clip that readers read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Clip {
+    pub name: String,
+    pub file: u16,
+}
+
+/// What a process of readers is to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Task {
+    pub folder: PathBuf,
+    pub clips: Vec<Clip>,
+    pub seed: u64,
+    pub milliseconds: u64,
+    pub threads: u64,
+    /// Whether clips are also written through the mount.
+    pub writable: bool,
+}
+
+/// A way to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// `read_at`, the file opened for a read or two.
+    OpenClose,
+    /// `read_at`, the file held for seconds.
+    Held,
+    /// `Read` and `Seek`, small and sequential, by the buffer.
+    Sequential,
+    /// Threads that share one file.
+    Shared,
+    /// A descriptor that somebody else has opened.
+    FromFd,
+}
+
+const KINDS: [Kind; 5] = [
+    Kind::OpenClose,
+    Kind::Held,
+    Kind::Sequential,
+    Kind::Shared,
+    Kind::FromFd,
+];
+
+/// A read that FUSE does not account for.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Suspect {
+    pub clip: String,
+    pub kind: Option<Kind>,
+    pub seed: u64,
+    pub offset: u64,
+    pub asked: usize,
+    pub read_bytes: usize,
+    /// Bytes that the file took from the cache meanwhile.
+    pub cache_bytes: u64,
+    /// When the FUSE read before it began, and when it began and ended, ns.
+    pub before: u64,
+    pub read: [u64; 2],
+    pub way: String,
+    pub state: String,
+    pub wrong: Vec<Wrong>,
+    pub more_wrong: usize,
+}
+
+/// What readers did.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Tally {
+    pub reads: u64,
+    pub bytes: u64,
+    pub cache_bytes: u64,
+    pub cache_bytes_by_kind: BTreeMap<String, u64>,
+    pub fuse_bytes_by_reason: BTreeMap<String, u64>,
+    /// Refusals that a file was opened with.
+    pub refused_opens: BTreeMap<String, u64>,
+    pub opens: u64,
+    /// Errors that the bypassed file returned, as FUSE may at any time.
+    pub errors: BTreeMap<String, u64>,
+    /// Right at once; a later read of FUSE, or one by an older descriptor,
+    /// accounted for it; FUSE had nothing but errors.
+    pub right: u64,
+    pub right_later: u64,
+    pub unjudged: u64,
+    /// Not accounted for, but nothing in it came from the cache: FUSE's own.
+    pub fuse_alone: u64,
+    pub suspects: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: Self) {
+        let sum = |to: &mut BTreeMap<String, u64>, from: BTreeMap<String, u64>| {
+            for (key, n) in from {
+                *to.entry(key).or_default() += n;
+            }
+        };
+        self.reads += other.reads;
+        self.bytes += other.bytes;
+        self.cache_bytes += other.cache_bytes;
+        sum(&mut self.cache_bytes_by_kind, other.cache_bytes_by_kind);
+        sum(&mut self.fuse_bytes_by_reason, other.fuse_bytes_by_reason);
+        sum(&mut self.refused_opens, other.refused_opens);
+        self.opens += other.opens;
+        sum(&mut self.errors, other.errors);
+        self.right += other.right;
+        self.right_later += other.right_later;
+        self.unjudged += other.unjudged;
+        self.fuse_alone += other.fuse_alone;
+        self.suspects += other.suspects;
+    }
+}
+
+/// What a process of readers tells, a line each.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Told {
+    /// A thread is about to do this: what it hangs in, if nothing follows.
+    Doing(u64, String),
+    Suspect(Box<Suspect>),
+    Done(Box<Tally>),
+}
+
+/// Reads until the task's time is over.
+pub fn run(task: &Task, told: &Sender<Told>) {
+    let until = Instant::now() + Duration::from_millis(task.milliseconds);
+    let total = Mutex::new(Tally::default());
+    thread::scope(|scope| {
+        for thread in 0..task.threads {
+            let (total, told) = (&total, told.clone());
+            scope.spawn(move || {
+                let seed = task.seed ^ (thread << 32);
+                let mut reader = Reader {
+                    task,
+                    thread,
+                    random: Random::new(seed),
+                    seed,
+                    told,
+                    tally: Tally::default(),
+                };
+                while Instant::now() < until {
+                    reader.session(until);
+                }
+                total.lock().unwrap().add(reader.tally);
+            });
+        }
+    });
+    let tally = total.into_inner().unwrap();
+    // The other side has gone only where the test has failed already.
+    let _ = told.send(Told::Done(Box::new(tally)));
+}
+
+struct Reader<'a> {
+    task: &'a Task,
+    thread: u64,
+    random: Random,
+    seed: u64,
+    told: Sender<Told>,
+    tally: Tally,
+}
+
+/// A bypassed read, and when.
+struct Taken {
+    view: View,
+    cache_bytes: u64,
+    time: [u64; 2],
+}
+
+/// What a session reads: a clip, in one way.
+struct Session<'a> {
+    clip: &'a Clip,
+    path: PathBuf,
+    kind: Kind,
+    /// A plain descriptor, opened when the bypassed file was.
+    held: Option<File>,
+}
+
+impl Reader<'_> {
+    fn doing(&self, what: String) {
+        let _ = self.told.send(Told::Doing(self.thread, what));
+    }
+
+    /// Opens a clip, reads it for a while in one way, and closes it.
+    fn session(&mut self, until: Instant) {
+        let task = self.task;
+        let resting = now() / 1_000_000 / REST_MS;
+        let awake: Vec<&Clip> = task
+            .clips
+            .iter()
+            .filter(|clip| {
+                task.clips.len() < 3 || !(u64::from(clip.file) + resting).is_multiple_of(3)
+            })
+            .collect();
+        let clip = *self.random.of(&awake);
+        let kind = *self.random.of(&KINDS);
+        let path = task.folder.join(&clip.name);
+        self.doing(format!("opening {} for {kind:?}", clip.name));
+        // In turn before and after, where another file may come to the path.
+        let early = self.random.one_in(2);
+        let mut held = early.then(|| File::open(&path).ok()).flatten();
+        let opened = match kind {
+            Kind::FromFd => File::open(&path).and_then(|file| BypassFile::from_fd(file.into())),
+            _ => BypassFile::open(&path),
+        };
+        let mut file = match opened {
+            Ok(file) => file,
+            Err(e) => {
+                self.error("open", &e);
+                thread::sleep(Duration::from_millis(20));
+                return;
+            }
+        };
+        if held.is_none() {
+            held = File::open(&path).ok();
+        }
+        self.tally.opens += 1;
+        if let Some(refusal) = file.refusal() {
+            let reason = refusal.reason.name().to_owned();
+            *self.tally.refused_opens.entry(reason).or_default() += 1;
+        }
+        let session = Session {
+            clip,
+            path,
+            kind,
+            held,
+        };
+        let (rounds, lasts) = match kind {
+            Kind::OpenClose | Kind::FromFd => (self.random.between(1, 3), 0),
+            // Each further round waits for what was read ahead to be too old.
+            Kind::Sequential if !task.writable => (1 + u64::from(self.random.one_in(4)), 0),
+            Kind::Sequential | Kind::Shared => (self.random.between(1, 4), 0),
+            Kind::Held => (2, self.random.between(200, 4_000)),
+        };
+        let opened = Instant::now();
+        let mut round = 0;
+        while Instant::now() < until
+            && (round < rounds || opened.elapsed() < Duration::from_millis(lasts))
+        {
+            self.round(&session, &mut file);
+            round += 1;
+        }
+        self.doing(format!("closing {}", session.clip.name));
+        let stats = file.stats();
+        for (reason, bytes) in stats.by_reason {
+            let sum = &mut self.tally.fuse_bytes_by_reason;
+            *sum.entry(reason.name().to_owned()).or_default() += bytes;
+        }
+        self.tally.cache_bytes += stats.cache_bytes;
+        let kind = format!("{kind:?}");
+        *self.tally.cache_bytes_by_kind.entry(kind).or_default() += stats.cache_bytes;
+    }
+
+    fn error(&mut self, call: &str, error: &io::Error) {
+        let name = error.raw_os_error().map_or(error.to_string(), |n| {
+            format!("{:?}", nix::errno::Errno::from_raw(n))
+        });
+        *self
+            .tally
+            .errors
+            .entry(format!("{call} {name}"))
+            .or_default() += 1;
+    }
+
+    /// FUSE, reads past it, FUSE; and the judgement.
+    fn round(&mut self, session: &Session, file: &mut BypassFile) {
+        let (offset, length) = self.region(file);
+        let what = format!(
+            "{} {:?} at {offset} +{length}",
+            session.clip.name, session.kind
+        );
+        self.doing(format!("fuse before: {what}"));
+        let start = now();
+        let (way, before) = self.before(session, offset, length);
+        // Often at once; sometimes later than any look that is kept.
+        if self.random.one_in(12) {
+            thread::sleep(Duration::from_millis(self.random.below(1_300)));
+        }
+        self.doing(format!("bypass: {what}"));
+        let mut taken = Vec::new();
+        if session.kind == Kind::Sequential {
+            if !self.task.writable && file.stream_position().unwrap() > 0 {
+                thread::sleep(READ_AHEAD_AGE);
+            }
+            self.sequential(file, offset, length, &mut taken);
+        } else if session.kind == Kind::Shared {
+            self.shared(file, offset, length, &mut taken);
+        } else {
+            for _ in 0..self.random.between(1, 6) {
+                let (offset, length) = self.part(offset, length);
+                match take(file, offset, length) {
+                    Ok(one) => taken.push(one),
+                    Err(e) => self.error("read", &e),
+                }
+                if self.random.one_in(12) {
+                    thread::sleep(Duration::from_millis(self.random.below(300)));
+                }
+            }
+        }
+        self.doing(format!("fuse after: {what}"));
+        let after = patiently(|| fuse::read(&session.path, Way::Direct, offset, length));
+        let state = file
+            .refusal()
+            .map_or("active".into(), |refusal| refusal.to_string());
+        for one in taken {
+            self.tally.reads += 1;
+            self.tally.bytes += one.view.bytes.len() as u64;
+            self.judge(session, before.as_ref(), one, after.as_ref(), |suspect| {
+                suspect.before = start;
+                way.clone_into(&mut suspect.way);
+                suspect.state.clone_from(&state);
+            });
+        }
+    }
+
+    /// A range: of any size, anywhere, and sometimes over the end.
+    fn region(&mut self, file: &BypassFile) -> (u64, usize) {
+        let size = file.size().unwrap_or(1 << 20).max(1);
+        let length = match self.random.below(4) {
+            0 => self.random.between(1, 100),
+            1 => self.random.between(100, 8_192),
+            2 => 4_096 << self.random.below(6),
+            _ => self.random.between(8_192, 400_000),
+        };
+        let offset = match self.random.below(6) {
+            0 => size.saturating_sub(self.random.below(2 * length)),
+            1 => self.random.below(size) & !4_095,
+            _ => self.random.below(size),
+        };
+        (offset, length as usize)
+    }
+
+    /// A part of a range, often all of it.
+    fn part(&mut self, offset: u64, length: usize) -> (u64, usize) {
+        if self.random.one_in(2) {
+            return (offset, length);
+        }
+        let skip = self.random.below(length as u64);
+        let part = self.random.between(1, length as u64 - skip + 1);
+        (offset + skip, part as usize)
+    }
+
+    fn before(&mut self, session: &Session, offset: u64, length: usize) -> (String, Option<View>) {
+        // What programs store in shared mappings shows in the page cache first.
+        if self.task.writable
+            && self.random.one_in(3)
+            && let Some(held) = &session.held
+        {
+            return ("held".into(), fuse::read_from(held, offset, length).ok());
+        }
+        let way = *self.random.of(&[Way::Direct, Way::Fresh]);
+        let view = fuse::read(&session.path, way, offset, length).ok();
+        (format!("{way:?}"), view)
+    }
+
+    /// Small reads in a row, by position.
+    fn sequential(
+        &mut self,
+        file: &mut BypassFile,
+        offset: u64,
+        length: usize,
+        taken: &mut Vec<Taken>,
+    ) {
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        let mut at = offset;
+        while at < offset + length as u64 {
+            let left = (offset + length as u64 - at) as usize;
+            let size = (self.random.between(1, 20_000) as usize).min(left);
+            let mut bytes = vec![0; size];
+            let cache = file.stats().cache_bytes;
+            let begin = now();
+            match file.read(&mut bytes) {
+                Ok(n) => {
+                    bytes.truncate(n);
+                    taken.push(Taken {
+                        // A short read says nothing, an empty one that it ended.
+                        view: View {
+                            offset: at,
+                            asked: if n == 0 { size } else { n },
+                            bytes,
+                        },
+                        cache_bytes: file.stats().cache_bytes - cache,
+                        time: [begin, now()],
+                    });
+                    if n == 0 {
+                        break;
+                    }
+                    at += n as u64;
+                }
+                Err(e) => {
+                    self.error("read", &e);
+                    break;
+                }
+            }
+            if self.random.one_in(30) {
+                thread::sleep(Duration::from_millis(self.random.below(100)));
+            }
+        }
+    }
+
+    /// Three threads on one file.
+    fn shared(&mut self, file: &BypassFile, offset: u64, length: usize, taken: &mut Vec<Taken>) {
+        let parts: Vec<_> = (0..12).map(|_| self.part(offset, length)).collect();
+        let results = thread::scope(|scope| {
+            let threads: Vec<_> = parts
+                .chunks(4)
+                .map(|parts| {
+                    scope.spawn(move || {
+                        let read = |&(offset, length): &(u64, usize)| take(file, offset, length);
+                        parts.iter().map(read).collect::<Vec<_>>()
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .flat_map(|thread| thread.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        for result in results {
+            match result {
+                Ok(one) => taken.push(one),
+                Err(e) => self.error("read", &e),
+            }
+        }
+    }
+
+    fn judge(
+        &mut self,
+        session: &Session,
+        before: Option<&View>,
+        one: Taken,
+        after: Option<&View>,
+        complete: impl FnOnce(&mut Suspect),
+    ) {
+        let file = session.clip.file;
+        let verdict = judge(file, before, &one.view, after);
+        let Verdict::Wrong(mut wrong) = verdict else {
+            self.tally.right += 1;
+            return;
+        };
+        if before.is_none() && after.is_none() {
+            self.tally.unjudged += 1;
+            return;
+        }
+        self.doing(format!("judging {}", session.clip.name));
+        let accounts = |later: io::Result<View>| {
+            later.is_ok_and(|l| judge(file, before, &one.view, Some(&l)) == Verdict::Right)
+        };
+        let (offset, length) = (one.view.offset, one.view.asked);
+        for pause in REPEATS_MS {
+            thread::sleep(Duration::from_millis(pause));
+            let held = session.held.as_ref();
+            if accounts(fuse::read(&session.path, Way::Direct, offset, length))
+                || held.is_some_and(|h| accounts(fuse::read_from(h, offset, length)))
+                || held.is_some_and(|h| accounts(fuse::read_again(h, offset, length)))
+            {
+                self.tally.right_later += 1;
+                return;
+            }
+        }
+        if one.cache_bytes == 0 {
+            self.tally.fuse_alone += 1;
+            return;
+        }
+        self.tally.suspects += 1;
+        let mut suspect = Suspect {
+            clip: session.clip.name.clone(),
+            kind: Some(session.kind),
+            seed: self.seed,
+            offset,
+            asked: length,
+            read_bytes: one.view.bytes.len(),
+            cache_bytes: one.cache_bytes,
+            read: one.time,
+            more_wrong: wrong.len().saturating_sub(TOLD),
+            ..Suspect::default()
+        };
+        wrong.truncate(TOLD);
+        suspect.wrong = wrong;
+        complete(&mut suspect);
+        let _ = self.told.send(Told::Suspect(Box::new(suspect)));
+    }
+}
+
+/// A read past FUSE. Where an error cut it short, it asks for less.
+fn take(file: &BypassFile, offset: u64, length: usize) -> io::Result<Taken> {
+    let mut bytes = vec![0; length];
+    let cache = file.stats().cache_bytes;
+    let begin = now();
+    let n = file.read_at(&mut bytes, offset)?;
+    let time = [begin, now()];
+    let cache_bytes = file.stats().cache_bytes - cache;
+    bytes.truncate(n);
+    let ended = n < length && matches!(file.read_at(&mut [0], offset + n as u64), Ok(0));
+    Ok(Taken {
+        view: View {
+            offset,
+            asked: if ended { length } else { n },
+            bytes,
+        },
+        cache_bytes,
+        time,
+    })
+}
+
+/// Asks FUSE until it answers: a daemon that was killed comes back.
+fn patiently(mut ask: impl FnMut() -> io::Result<View>) -> Option<View> {
+    let until = Instant::now() + ERRORS_LAST;
+    loop {
+        match ask() {
+            Ok(view) => return Some(view),
+            Err(_) if Instant::now() < until => thread::sleep(Duration::from_millis(30)),
+            Err(_) => return None,
+        }
+    }
+}
