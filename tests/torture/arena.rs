@@ -25,6 +25,9 @@ const PROCESSES: u64 = 2;
 const THREADS: u64 = 3;
 /// How long readers may take to end, or to say anything.
 const PATIENCE: Duration = Duration::from_secs(25);
+/// Clips live in a folder, which is not there while nothing is mounted: what is
+/// written then must not land below the mount.
+const FOLDER: &str = "clips";
 /// The variable by which a process of readers gets its task.
 pub const TASK: &str = "TORTURE_TASK";
 
@@ -53,6 +56,8 @@ pub struct Outcome {
     pub bypasses: bool,
     pub tally: Tally,
     pub mutations: BTreeMap<&'static str, u64>,
+    /// Mutations that failed, and how.
+    pub failed: BTreeMap<String, u64>,
     /// Suspects that the journal excuses.
     pub excused: u64,
     /// What is wrong, complete.
@@ -111,10 +116,11 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     let mut random = Random::new(seed);
     let journal = Journal::default();
     let mut fill = |source: &Path| {
+        fs::create_dir(source.join(FOLDER))?;
         for clip in &all {
             let size = random.between(200_000, 1_500_000) as usize;
             let bytes = crate::cells::content(journal.stamp(clip.file), 0, size);
-            fs::write(source.join(&clip.name), bytes)?;
+            fs::write(source.join(FOLDER).join(&clip.name), bytes)?;
         }
         Ok(())
     };
@@ -125,21 +131,22 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     }
     .expect("rclone must mount");
     let world = World {
-        source: if variant.http { rig.source() } else { origin },
+        source: if variant.http { rig.source() } else { origin }.join(FOLDER),
         staging,
-        mountpoint: rig.mountpoint(),
+        folder: rig.mountpoint().join(FOLDER),
         journal,
         stop: AtomicBool::new(false),
     };
-    rig.cache_whole(Path::new(&quiet[0].name)).unwrap();
-    let bypasses = BypassFile::open(world.mountpoint.join(&quiet[0].name))
+    rig.cache_whole(&Path::new(FOLDER).join(&quiet[0].name))
+        .unwrap();
+    let bypasses = BypassFile::open(world.folder.join(&quiet[0].name))
         .unwrap()
         .refusal()
         .is_none();
     let readers: Vec<Readers> = (0..PROCESSES)
         .map(|process| {
             Readers::start(&Task {
-                folder: world.mountpoint.clone(),
+                folder: world.folder.clone(),
                 clips: all.clone(),
                 seed: seed ^ (process + 1) << 16,
                 milliseconds: lasts.as_millis() as u64,
@@ -186,6 +193,7 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
         bypasses,
         tally,
         mutations: world.journal.counts(),
+        failed: world.journal.failures(),
         excused,
         findings,
     }

@@ -54,6 +54,7 @@ pub struct Journal {
     version: AtomicU32,
     events: Mutex<(u64, VecDeque<Event>)>,
     counts: Mutex<BTreeMap<&'static str, u64>>,
+    failures: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Journal {
@@ -70,6 +71,10 @@ impl Journal {
 
     pub fn counts(&self) -> BTreeMap<&'static str, u64> {
         self.counts.lock().unwrap().clone()
+    }
+
+    pub fn failures(&self) -> BTreeMap<String, u64> {
+        self.failures.lock().unwrap().clone()
     }
 
     /// Does `work` to a clip, and writes it down, from before it begins.
@@ -112,8 +117,12 @@ impl Journal {
             event.error = result.as_ref().err().map(ToString::to_string);
         }
         drop(events);
-        if result.is_ok() {
-            self.count(kind);
+        match &result {
+            Ok(()) => self.count(kind),
+            Err(e) => {
+                let mut failures = self.failures.lock().unwrap();
+                *failures.entry(format!("{kind}: {e}")).or_default() += 1;
+            }
         }
         result
     }

@@ -152,7 +152,8 @@ fn report(outcome: &Outcome) -> String {
         tally.opens, tally.refused_opens
     );
     let _ = writeln!(text, "  errors: {:?}", tally.errors);
-    let _ = write!(text, "  mutations: {:?}", outcome.mutations);
+    let _ = writeln!(text, "  mutations: {:?}", outcome.mutations);
+    let _ = write!(text, "  failed: {:?}", outcome.failed);
     text
 }
 

@@ -44,7 +44,7 @@ pub const MOUNT_KINDS: [&str; 11] = [
 pub struct World {
     pub source: PathBuf,
     pub staging: PathBuf,
-    pub mountpoint: PathBuf,
+    pub folder: PathBuf,
     pub journal: Journal,
     pub stop: AtomicBool,
 }
@@ -153,7 +153,7 @@ impl World {
         random: &mut Random,
         mapper: &mut Mapper,
     ) -> io::Result<()> {
-        let path = self.mountpoint.join(&clip.name);
+        let path = self.folder.join(&clip.name);
         let size = fs::metadata(&path).map_or(0, |m| m.len());
         if size < SIZES.start && kind != "unlink and recreate" {
             // Cut too often, or lost: first a clip again.
@@ -190,36 +190,44 @@ impl World {
             _ => (Effects::default(), format!("at {offset} +{length}")),
         };
         let hold = random.between(50, 600);
-        let other = self.mountpoint.join("away");
+        // With --write-back-cache the kernel reads around what is written,
+        // which rclone refuses a descriptor that is open for writing alone.
+        let readable = random.one_in(2);
+        let open = || {
+            let mut options = OpenOptions::new();
+            options.read(readable);
+            options
+        };
+        let other = self.folder.join("away");
         let new_size = random.between(SIZES.start, SIZES.end);
         self.journal
             .record(&clip.name, kind, stamp, effects, detail, || match kind {
                 "write in place" => {
-                    let file = OpenOptions::new().write(true).open(&path)?;
+                    let file = open().write(true).open(&path)?;
                     file.write_all_at(&bytes(offset, length), offset)
                 }
                 "write and hold" => {
-                    let file = OpenOptions::new().write(true).open(&path)?;
+                    let file = open().write(true).open(&path)?;
                     file.write_all_at(&bytes(offset, length), offset)?;
                     self.pause(hold);
                     file.write_all_at(&bytes(offset, length), offset)
                 }
                 "truncate down" => {
-                    let file = OpenOptions::new().write(true).open(&path)?;
+                    let file = open().write(true).open(&path)?;
                     file.set_len(size - length.min(size / 2))
                 }
                 "truncate up" => {
-                    let file = OpenOptions::new().write(true).open(&path)?;
+                    let file = open().write(true).open(&path)?;
                     file.set_len(size + length)?;
                     // Half of what was added stays zeros.
                     file.write_all_at(&bytes(size + length / 2, length / 2), size + length / 2)
                 }
                 "append" => {
-                    let mut file = OpenOptions::new().append(true).open(&path)?;
+                    let mut file = open().append(true).open(&path)?;
                     file.write_all(&bytes(size, length))
                 }
                 "rewrite" => fs::write(&path, bytes(0, new_size)),
-                "rename over" => fs::rename(self.mountpoint.join(&spare.name), &path),
+                "rename over" => fs::rename(self.folder.join(&spare.name), &path),
                 "rename away and back" => {
                     fs::rename(&path, &other)?;
                     self.pause(hold);
@@ -245,7 +253,7 @@ impl World {
     fn fill_spare(&self, spare: &Clip, random: &mut Random) -> io::Result<()> {
         let stamp: Stamp = self.journal.stamp(spare.file);
         let size = random.between(SIZES.start, SIZES.end);
-        let path = self.mountpoint.join(&spare.name);
+        let path = self.folder.join(&spare.name);
         fs::write(&path, content(stamp, 0, size as usize))?;
         self.pause(random.below(1_200));
         fs::read(&path).map(drop)
