@@ -3,33 +3,53 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use vmafx_bypass::BypassFile;
 use vmafx_bypass::rig::{Rig, RigOptions};
 
+use crate::cells::content;
 use crate::journal::{Effects, Journal};
-use crate::mutate::World;
+use crate::mutate::{MOUNT_KINDS, REMOTE_KINDS, World};
 use crate::random::Random;
 use crate::reader::{Clip, Suspect, Tally, Task, Told};
 
 /// Processes of readers for each mount, and threads in each.
 const PROCESSES: u64 = 2;
 const THREADS: u64 = 3;
-/// How long readers may take to end, or to say anything.
+/// How long readers may take to end.
 const PATIENCE: Duration = Duration::from_secs(25);
+/// How much longer than asked for it goes on where a kind of mutation has not
+/// happened yet: on a busy machine.
+const EXTENSION: Duration = Duration::from_secs(60);
+const KILL: &str = "kill and restart";
+const REMOUNT: &str = "graceful remount";
 /// Clips live in a folder, which is not there while nothing is mounted: what is
 /// written then must not land below the mount.
 const FOLDER: &str = "clips";
 /// The variable by which a process of readers gets its task.
 pub const TASK: &str = "TORTURE_TASK";
+
+/// Everything is noticed, dropped and fetched soon, and in small pieces.
+const ARGUMENTS: [&str; 8] = [
+    "--dir-cache-time=400ms",
+    "--attr-timeout=100ms",
+    "--poll-interval=0",
+    "--vfs-cache-max-age=3s",
+    "--vfs-cache-max-size=9M",
+    "--vfs-cache-poll-interval=1s",
+    "--vfs-read-chunk-size=128k",
+    "--buffer-size=0",
+];
 
 /// What kind of mount.
 #[derive(Debug, Clone)]
@@ -64,92 +84,107 @@ pub struct Outcome {
     pub findings: Vec<String>,
 }
 
-fn clips(prefix: &str, files: std::ops::Range<u16>) -> Vec<Clip> {
-    let name = |file| format!("{prefix}{file}");
-    files
-        .map(|file| Clip {
-            name: name(file),
-            file,
-        })
-        .collect()
+/// The clips of a mount, by what happens to them.
+struct Cast {
+    /// Evicted, and nothing else; the first one dozes.
+    quiet: Vec<Clip>,
+    /// Changed at the remote.
+    swapped: Vec<Clip>,
+    /// Changed through the mount, where it is writable.
+    written: Vec<Clip>,
+    both: Vec<Clip>,
+    /// Renamed over others.
+    spare: Clip,
 }
 
-/// Tortures one mount for a while.
-pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
-    let folder = tempfile::Builder::new()
-        .prefix("vmafx-torture-")
-        .tempdir()
-        .unwrap();
-    let origin = folder.path().join("origin");
-    let staging = folder.path().join("staging");
+impl Cast {
+    fn new() -> Self {
+        let clip = |prefix: &str, file| Clip {
+            name: format!("{prefix}{file}"),
+            file,
+            dozes: file == 1,
+        };
+        let clips = |prefix, files: Range<u16>| files.map(|file| clip(prefix, file)).collect();
+        Self {
+            quiet: clips("quiet", 1..4),
+            swapped: clips("swapped", 4..8),
+            written: clips("written", 8..12),
+            both: clips("both", 12..13),
+            spare: clip("spare", 13),
+        }
+    }
+
+    /// All that readers read.
+    fn all(&self) -> Vec<Clip> {
+        [&self.quiet[..], &self.swapped, &self.written, &self.both].concat()
+    }
+}
+
+/// Fills a remote below `folder` and mounts it.
+fn mount(variant: &Variant, cast: &Cast, folder: &Path, seed: u64) -> (Rig, World) {
+    let origin = folder.join("origin");
+    let staging = folder.join("staging");
     fs::create_dir(&origin).unwrap();
     fs::create_dir(&staging).unwrap();
-    let mut arguments: Vec<String> = [
-        "--dir-cache-time=400ms",
-        "--attr-timeout=100ms",
-        "--poll-interval=0",
-        "--vfs-cache-max-age=5s",
-        "--vfs-cache-max-size=9M",
-        "--vfs-cache-poll-interval=1s",
-        "--vfs-read-chunk-size=128k",
-        "--buffer-size=0",
-    ]
-    .map(str::to_owned)
-    .into();
-    arguments.extend(variant.arguments.iter().map(|&a| a.to_owned()));
+    let mut arguments: Vec<&str> = ARGUMENTS.into();
+    arguments.extend(variant.arguments);
     if knows(&variant.rclone, "--vfs-handle-caching") {
-        arguments.push("--vfs-handle-caching=200ms".into());
+        arguments.push("--vfs-handle-caching=200ms");
     }
-    let (quiet, swapped) = (clips("quiet", 1..4), clips("swapped", 4..8));
-    let (written, both) = (clips("written", 8..12), clips("both", 12..13));
-    let spare = Clip {
-        name: "spare".into(),
-        file: 13,
-    };
-    let all: Vec<Clip> = [&quiet[..], &swapped, &written, &both].concat();
     let options = RigOptions {
         rclone: variant.rclone.clone(),
         remote: (!variant.http).then(|| origin.to_str().unwrap().to_owned()),
-        mount_arguments: arguments,
+        mount_arguments: arguments.into_iter().map(str::to_owned).collect(),
         read_only: variant.read_only,
     };
     let mut random = Random::new(seed);
     let journal = Journal::default();
     let mut fill = |source: &Path| {
         fs::create_dir(source.join(FOLDER))?;
-        for clip in &all {
+        for clip in cast.all() {
             let size = random.between(200_000, 1_500_000) as usize;
-            let bytes = crate::cells::content(journal.stamp(clip.file), 0, size);
+            let bytes = content(journal.stamp(clip.file), 0, size);
             fs::write(source.join(FOLDER).join(&clip.name), bytes)?;
         }
         Ok(())
     };
-    let mut rig = if variant.http {
+    let rig = if variant.http {
         Rig::start(options, fill)
     } else {
         Rig::start(options, |_| fill(&origin))
     }
     .expect("rclone must mount");
+    let source = if variant.http { rig.source() } else { origin };
     let world = World {
-        source: if variant.http { rig.source() } else { origin }.join(FOLDER),
+        source: source.join(FOLDER),
         staging,
         folder: rig.mountpoint().join(FOLDER),
         journal,
         stop: AtomicBool::new(false),
     };
-    rig.cache_whole(&Path::new(FOLDER).join(&quiet[0].name))
+    (rig, world)
+}
+
+/// Tortures one mount for a while.
+pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
+    let _watchdog = Watchdog::start(variant.title(), lasts + EXTENSION + 4 * PATIENCE);
+    let folder = tempfile::Builder::new()
+        .prefix("vmafx-torture-")
+        .tempdir()
         .unwrap();
-    let bypasses = BypassFile::open(world.folder.join(&quiet[0].name))
-        .unwrap()
-        .refusal()
-        .is_none();
-    let readers: Vec<Readers> = (0..PROCESSES)
+    let cast = Cast::new();
+    let (mut rig, world) = mount(variant, &cast, folder.path(), seed);
+    let steady = &cast.quiet[1].name;
+    rig.cache_whole(&Path::new(FOLDER).join(steady)).unwrap();
+    let file = BypassFile::open(world.folder.join(steady)).unwrap();
+    let bypasses = file.refusal().is_none();
+    drop(file);
+    let mut readers: Vec<Readers> = (0..PROCESSES)
         .map(|process| {
             Readers::start(&Task {
                 folder: world.folder.clone(),
-                clips: all.clone(),
+                clips: cast.all(),
                 seed: seed ^ (process + 1) << 16,
-                milliseconds: lasts.as_millis() as u64,
                 threads: THREADS,
                 writable: !variant.read_only,
             })
@@ -159,25 +194,32 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     let (mut tally, mut excused, mut findings) = (Tally::default(), 0, Vec::new());
     thread::scope(|scope| {
         let world = &world;
-        // On a read-only mount nobody writes: all but the quiet are swapped.
-        let remote = if variant.read_only {
-            [&swapped[..], &written, &both].concat()
+        let mut remote = [&cast.swapped[..], &cast.both].concat();
+        if variant.read_only {
+            remote.extend_from_slice(&cast.written);
         } else {
-            [&swapped[..], &both].concat()
-        };
-        scope.spawn(move || world.change_remote(&remote, seed ^ 0xa));
-        if !variant.read_only {
-            let by_mount = [&written[..], &both].concat();
-            let spare = &spare;
+            let by_mount = [&cast.written[..], &cast.both].concat();
+            let spare = &cast.spare;
             scope.spawn(move || world.change_by_mount(&by_mount, spare, seed ^ 0xb));
         }
-        let keeper = scope.spawn(|| keep(&mut rig, world, &quiet, lasts));
-        let deadline = Instant::now() + lasts + PATIENCE;
+        scope.spawn(move || world.change_remote(&remote, seed ^ 0xa));
+        let keeper = scope.spawn(|| keep(&mut rig, world, &cast.quiet, lasts));
         let title = title.as_str();
+        // They read until these are closed.
+        let inputs: Vec<_> = readers.iter_mut().map(|r| r.child.stdin.take()).collect();
         let following: Vec<_> = readers
             .into_iter()
-            .map(|readers| scope.spawn(move || readers.follow(world, title, deadline)))
+            .map(|readers| scope.spawn(move || readers.follow(world, title)))
             .collect();
+        let begin = Instant::now();
+        let complete = || {
+            let counts = world.journal.counts();
+            expected(variant.read_only).all(|kind| counts.contains_key(kind))
+        };
+        while begin.elapsed() < lasts || !complete() && begin.elapsed() < lasts + EXTENSION {
+            thread::sleep(Duration::from_millis(100));
+        }
+        drop(inputs);
         for readers in following {
             let (done, by_mutation, found) = readers.join().unwrap();
             tally.add(done);
@@ -199,6 +241,14 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     }
 }
 
+/// What must have happened to a mount at least once.
+pub fn expected(read_only: bool) -> impl Iterator<Item = &'static str> {
+    let by_mount: &[&str] = if read_only { &[] } else { &MOUNT_KINDS };
+    let always = ["eviction", KILL, REMOUNT];
+    let kinds = always.iter().chain(&REMOTE_KINDS).chain(by_mount);
+    kinds.copied().collect::<Vec<_>>().into_iter()
+}
+
 fn knows(rclone: &Path, option: &str) -> bool {
     let help = Command::new(rclone).args(["mount", "--help"]).output();
     let help = help.expect("rclone must run").stdout;
@@ -218,17 +268,13 @@ fn keep(rig: &mut Rig, world: &World, quiet: &[Clip], lasts: Duration) {
         if world.stopped() || Instant::now() < next {
             continue;
         }
-        let kind = if graceful {
-            "graceful remount"
-        } else {
-            "kill and restart"
-        };
+        let kind = if graceful { REMOUNT } else { KILL };
         graceful = !graceful;
         let stamp = world.journal.stamp(0);
         world
             .journal
             .record("*", kind, stamp, Effects::default(), String::new(), || {
-                if kind == "kill and restart" {
+                if kind == KILL {
                     rig.kill_daemon();
                 }
                 rig.unmount();
@@ -282,7 +328,7 @@ impl Readers {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "readers", "--nocapture", "--test-threads=1"])
             .env(TASK, serde_json::to_string(task).unwrap())
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -303,12 +349,11 @@ impl Readers {
 
     /// Takes what it tells until it ends: what it did, how many suspects the
     /// journal excuses, and the findings.
-    fn follow(self, world: &World, title: &str, deadline: Instant) -> (Tally, u64, Vec<String>) {
+    fn follow(self, world: &World, title: &str) -> (Tally, u64, Vec<String>) {
         let mut doing: BTreeMap<u64, String> = BTreeMap::new();
         let (mut excused, mut findings) = (0, Vec::new());
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let ended = match self.told.recv_timeout(left) {
+            let ended = match self.told.recv_timeout(PATIENCE) {
                 Ok(Told::Doing(thread, what)) => {
                     doing.insert(thread, what);
                     continue;
@@ -380,20 +425,23 @@ fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
     text
 }
 
-/// As a process of readers: does the task, tells it on standard output, and
-/// ends itself where nothing moves any more.
-pub fn be_readers(task: &Task) {
+/// As a process of readers: does the task until standard input is closed, tells
+/// it on standard output, and ends itself where nothing moves any more.
+pub fn be_readers(task: Task) {
     let (send, told) = channel();
-    let lasts = Duration::from_millis(task.milliseconds);
-    let deadline = Instant::now() + lasts + PATIENCE;
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
     // What hangs in the kernel cannot be joined: it ends with the process.
-    let task = task.clone();
-    thread::spawn(move || crate::reader::run(&task, &send));
+    thread::spawn(move || crate::reader::run(&task, &stopped, &send));
+    thread::spawn(move || {
+        // Whatever it returns: nobody wants more.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        stop.store(true, Ordering::Relaxed);
+    });
     // The harness has begun a line.
     println!();
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let Ok(one) = told.recv_timeout(left) else {
+        let Ok(one) = told.recv_timeout(PATIENCE) else {
             std::process::exit(1);
         };
         let mut out = std::io::stdout().lock();
@@ -402,5 +450,24 @@ pub fn be_readers(task: &Task) {
         if writeln!(out, "{line}").is_err() || matches!(one, Told::Done(_)) {
             return;
         }
+    }
+}
+
+/// Ends the whole test where an arena hangs, in the kernel or by a fault of
+/// its own, until it is dropped.
+struct Watchdog {
+    _alive: Sender<()>,
+}
+
+impl Watchdog {
+    fn start(title: String, after: Duration) -> Self {
+        let (alive, ended) = channel::<()>();
+        thread::spawn(move || {
+            if ended.recv_timeout(after) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("{title}: hangs; giving up");
+                std::process::exit(101);
+            }
+        });
+        Self { _alive: alive }
     }
 }

@@ -73,6 +73,13 @@ pub fn content(stamp: Stamp, offset: u64, length: usize) -> Vec<u8> {
     bytes[skip..skip + length].to_vec()
 }
 
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .fold(String::new(), |text, b| format!("{text}{b:02x}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

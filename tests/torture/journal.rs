@@ -194,7 +194,7 @@ fn excuse(event: &Event, wrong: &Wrong) -> bool {
         }
         Fault::Garbage => {
             let expected = crate::cells::content(event.stamp, wrong.offset, wrong.length as usize);
-            let hex: String = expected.iter().map(|b| format!("{b:02x}")).collect();
+            let hex = crate::cells::hex(&expected);
             wrong.length < crate::cells::CELL as u64 && wrong.hex[0].starts_with(&hex)
         }
         Fault::Elsewhere | Fault::Older | Fault::Newer | Fault::Mixture => false,

@@ -275,12 +275,8 @@ impl<'a> Court<'a> {
     }
 
     fn wrong(&self, offset: u64, length: u64, fault: Fault, stamp: Option<Stamp>) -> Wrong {
-        let hex = |view: Option<&View>| {
-            let bytes = view.map_or(&[][..], |v| v.part(offset, 2 * CELL));
-            bytes
-                .iter()
-                .fold(String::new(), |text, b| format!("{text}{b:02x}"))
-        };
+        let hex =
+            |view: Option<&View>| cells::hex(view.map_or(&[][..], |v| v.part(offset, 2 * CELL)));
         Wrong {
             offset,
             length,

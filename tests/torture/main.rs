@@ -18,11 +18,11 @@ mod reader;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arena::{Outcome, Variant};
 use common::{need_root, rclones};
-use mutate::{MOUNT_KINDS, REMOTE_KINDS};
 
 /// How long the test lasts, unless `TORTURE_SECONDS` says otherwise.
 const SECONDS: u64 = 60;
@@ -185,9 +185,7 @@ fn check(outcome: &Outcome, faults: &mut String) {
         share >= least,
         format!("{share} % came from the cache, {least} must"),
     );
-    let always = ["eviction", "kill and restart", "graceful remount"];
-    let by_mount: &[&str] = if outcome.read_only { &[] } else { &MOUNT_KINDS };
-    for kind in always.iter().chain(&REMOTE_KINDS).chain(by_mount) {
+    for kind in arena::expected(outcome.read_only) {
         let count = outcome.mutations.get(kind).copied().unwrap_or_default();
         require(count > 0, format!("no {kind}"));
     }
@@ -197,13 +195,14 @@ fn check(outcome: &Outcome, faults: &mut String) {
 #[test]
 fn readers() {
     if let Ok(task) = std::env::var(arena::TASK) {
-        arena::be_readers(&serde_json::from_str(&task).unwrap());
+        arena::be_readers(serde_json::from_str(&task).unwrap());
         return;
     }
     let folder = tempfile::tempdir().unwrap();
     let clip = reader::Clip {
         name: "clip".into(),
         file: 1,
+        dozes: false,
     };
     let stamp = cells::Stamp {
         version: 1,
@@ -215,18 +214,20 @@ fn readers() {
     )
     .unwrap();
     let (send, told) = std::sync::mpsc::channel();
-    reader::run(
-        &reader::Task {
-            folder: folder.path().into(),
-            clips: vec![clip],
-            seed: 1,
-            milliseconds: 300,
-            threads: 2,
-            writable: false,
-        },
-        &send,
-    );
-    drop(send);
+    let task = reader::Task {
+        folder: folder.path().into(),
+        clips: vec![clip],
+        seed: 1,
+        threads: 2,
+        writable: false,
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (task, stop) = (&task, &stop);
+        scope.spawn(move || reader::run(task, stop, &send));
+        std::thread::sleep(Duration::from_millis(300));
+        stop.store(true, Ordering::Relaxed);
+    });
     let tally = told.iter().find_map(|one| match one {
         reader::Told::Done(tally) => Some(tally),
         reader::Told::Suspect(suspect) => panic!("{suspect:?}"),

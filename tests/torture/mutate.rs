@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use crate::cells::{Stamp, content};
+use crate::cells::{Stamp, content, hex};
 use crate::journal::{Effects, Journal};
 use crate::random::Random;
 use crate::reader::Clip;
@@ -323,7 +323,7 @@ impl Mapper {
             self.process = Some((child, input, output));
         }
         let (_, input, output) = self.process.as_mut().unwrap();
-        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+        let hex = hex(bytes);
         let task = serde_json::json!({
             "path": path, "offset": offset, "hex": hex, "sync": sync, "hold": hold,
         });

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ const ERRORS_LAST: Duration = Duration::from_secs(4);
 const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
 /// Clips rest in turn, so that rclone closes them and writes their metadata.
 const REST_MS: u64 = 1_500;
+/// How long dozing clips doze, and wake.
+const DOZE_MS: u64 = 6_000;
 /// Findings of a read that are told.
 const TOLD: usize = 8;
 
@@ -35,6 +38,8 @@ const TOLD: usize = 8;
 pub struct Clip {
     pub name: String,
     pub file: u16,
+    /// Nobody reads it for half of the time: long enough for rclone to evict it.
+    pub dozes: bool,
 }
 
 /// What a process of readers is to do.
@@ -43,7 +48,6 @@ pub struct Task {
     pub folder: PathBuf,
     pub clips: Vec<Clip>,
     pub seed: u64,
-    pub milliseconds: u64,
     pub threads: u64,
     /// Whether clips are also written through the mount.
     pub writable: bool,
@@ -149,9 +153,8 @@ pub enum Told {
     Done(Box<Tally>),
 }
 
-/// Reads until the task's time is over.
-pub fn run(task: &Task, told: &Sender<Told>) {
-    let until = Instant::now() + Duration::from_millis(task.milliseconds);
+/// Reads until it is to stop.
+pub fn run(task: &Task, stop: &AtomicBool, told: &Sender<Told>) {
     let total = Mutex::new(Tally::default());
     thread::scope(|scope| {
         for thread in 0..task.threads {
@@ -161,13 +164,14 @@ pub fn run(task: &Task, told: &Sender<Told>) {
                 let mut reader = Reader {
                     task,
                     thread,
+                    stop,
                     random: Random::new(seed),
                     seed,
                     told,
                     tally: Tally::default(),
                 };
-                while Instant::now() < until {
-                    reader.session(until);
+                while !reader.stopped() {
+                    reader.session();
                 }
                 total.lock().unwrap().add(reader.tally);
             });
@@ -181,6 +185,7 @@ pub fn run(task: &Task, told: &Sender<Told>) {
 struct Reader<'a> {
     task: &'a Task,
     thread: u64,
+    stop: &'a AtomicBool,
     random: Random,
     seed: u64,
     told: Sender<Told>,
@@ -204,21 +209,26 @@ struct Session<'a> {
 }
 
 impl Reader<'_> {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     fn doing(&self, what: String) {
         let _ = self.told.send(Told::Doing(self.thread, what));
     }
 
     /// Opens a clip, reads it for a while in one way, and closes it.
-    fn session(&mut self, until: Instant) {
+    fn session(&mut self) {
         let task = self.task;
-        let resting = now() / 1_000_000 / REST_MS;
-        let awake: Vec<&Clip> = task
-            .clips
-            .iter()
-            .filter(|clip| {
-                task.clips.len() < 3 || !(u64::from(clip.file) + resting).is_multiple_of(3)
-            })
-            .collect();
+        let ms = now() / 1_000_000;
+        let rests = |clip: &Clip| {
+            let turn = (u64::from(clip.file) + ms / REST_MS).is_multiple_of(3);
+            turn || clip.dozes && (ms / DOZE_MS).is_multiple_of(2)
+        };
+        let mut awake: Vec<&Clip> = task.clips.iter().filter(|c| !rests(c)).collect();
+        if awake.is_empty() {
+            awake.extend(&task.clips);
+        }
         let clip = *self.random.of(&awake);
         let kind = *self.random.of(&KINDS);
         let path = task.folder.join(&clip.name);
@@ -261,8 +271,7 @@ impl Reader<'_> {
         };
         let opened = Instant::now();
         let mut round = 0;
-        while Instant::now() < until
-            && (round < rounds || opened.elapsed() < Duration::from_millis(lasts))
+        while !self.stopped() && (round < rounds || opened.elapsed() < Duration::from_millis(lasts))
         {
             self.round(&session, &mut file);
             round += 1;
