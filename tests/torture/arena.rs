@@ -136,6 +136,7 @@ fn mount(variant: &Variant, cast: &Cast, folder: &Path, seed: u64) -> (Rig, Worl
         remote: (!variant.http).then(|| origin.to_str().unwrap().to_owned()),
         mount_arguments: arguments.into_iter().map(str::to_owned).collect(),
         read_only: variant.read_only,
+        ..RigOptions::default()
     };
     let mut random = Random::new(seed);
     let journal = Journal::default();
