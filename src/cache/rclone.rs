@@ -153,7 +153,7 @@ fn current(
     }
     let cached = ranges.bytes();
     let short = cached < size;
-    let detail = || format!("{cached} of {size} bytes are cached");
+    let detail = || format!("the metadata lists {cached} of {size} bytes");
     (
         ranges,
         short.then(|| Refusal::new(Reason::Partial, detail())),
@@ -239,7 +239,7 @@ mod tests {
                         .modified
                         .as_mut()
                         .unwrap()
-                        .nanos = 6
+                        .nanos = 6;
                 },
                 0,
                 Some(Reason::StaleMetadata),

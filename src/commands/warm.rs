@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use vmafx_bypass::Reason;
@@ -24,8 +24,9 @@ pub fn run(args: &WarmArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let meter = Meter::new(notes);
 
     let found = warm::find(&args.path, &|progress| meter.show(progress), &stop);
+    let overflows = found.overflows();
     meter.bar.suspend(|| {
-        for doubt in found.doubts() {
+        for doubt in found.doubts().iter().chain(&overflows) {
             notes.note(format_args!("warning: {doubt}"));
         }
         if found.symlinks > 0 {
@@ -85,11 +86,14 @@ pub fn run(args: &WarmArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let good = |report: &Report| {
         report.state == State::Cached || (report.state == State::Unconfirmed && !args.check)
     };
-    Ok(if reports.iter().all(good) {
-        Exit::Done
-    } else {
-        Exit::Failed
-    })
+    if !reports.iter().all(good) {
+        return Ok(Exit::Failed);
+    }
+    // Cached they are, but not for long.
+    if !args.check && !overflows.is_empty() {
+        bail!("the cache is too small: {}", overflows.join(", "));
+    }
+    Ok(Exit::Done)
 }
 
 /// The progress bar, on a terminal; it has no colours.
@@ -197,8 +201,10 @@ struct Totals {
 
 impl Totals {
     fn of(reports: &[Report]) -> Self {
-        let mut totals = Self::default();
-        totals.states = State::ALL.iter().map(|state| (state.name(), 0)).collect();
+        let mut totals = Self {
+            states: State::ALL.iter().map(|state| (state.name(), 0)).collect(),
+            ..Self::default()
+        };
         for report in reports {
             totals.clips += 1;
             totals.bytes += report.size.unwrap_or(0);

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::fill::{End, Filled, holds};
+use super::fill::{End, Filled, holds, touch};
 use super::find::Clip;
 use super::{Progress, Report, State};
 use crate::cache::proof::Timestamp;
@@ -44,9 +44,19 @@ pub(super) fn confirm(
 ) -> Vec<Report> {
     let deadline = Instant::now() + wait.unwrap_or_default();
     let read = filled.iter().filter(|(_, f)| matches!(f.end, End::Read(_)));
-    let mut waiting: Vec<&Clip> = read.map(|(clip, _)| *clip).collect();
+    let mut waiting: Vec<(&Clip, bool)> = read.map(|(clip, _)| (*clip, false)).collect();
     loop {
-        waiting.retain(|clip| clip.present(clip.size, clip.modified).1.is_some());
+        waiting.retain_mut(|(clip, asked)| {
+            let refusal = clip.present(clip.size, clip.modified).1;
+            // rclone 1.60 writes a new version's metadata without its
+            // fingerprint, until the clip is opened once more.
+            let stale = |refusal: &Refusal| refusal.reason == Reason::StaleMetadata;
+            if refusal.as_ref().is_some_and(stale) && !*asked {
+                *asked = true;
+                touch(clip);
+            }
+            refusal.is_some()
+        });
         if waiting.is_empty() || Instant::now() >= deadline || stop() {
             break;
         }
@@ -90,7 +100,7 @@ fn report(clip: &Clip, filled: Filled, stopped: bool) -> Report {
             (State::Incomplete, Some(changed))
         }
         End::Unread => (State::Incomplete, refusal),
-        End::Read(closed_at) => judge(&Look::at(clip, closed_at), refusal),
+        End::Read(closed_at) => judge(Look::at(clip, closed_at), refusal),
     };
     report
 }
@@ -130,23 +140,22 @@ impl Look {
 }
 
 /// Read to its end, but not shown: lost again, or only not told yet?
-fn judge(look: &Look, refusal: Option<Refusal>) -> (State, Option<Refusal>) {
+fn judge(look: Look, refusal: Option<Refusal>) -> (State, Option<Refusal>) {
     let gone = |refusal: &Refusal| refusal.reason == Reason::NoMetadata;
     let lost = look.written || !look.whole || refusal.as_ref().is_some_and(gone);
     let (state, why) = if lost {
         (
             State::Incomplete,
-            "read to its end, and not cached after all: is the cache too small \
-             (--vfs-cache-max-size), or its disk full?",
+            "is the cache too small (--vfs-cache-max-size), or its disk full?",
         )
     } else {
         (
             State::Unconfirmed,
-            "read to its end; rclone's metadata will show it when no program has it open any more",
+            "rclone writes its metadata when no program has the clip open any more",
         )
     };
     let refusal = refusal.map(|refusal| Refusal {
-        detail: format!("{} ({why})", refusal.detail),
+        detail: format!("{}, but it was read to its end; {why}", refusal.detail),
         ..refusal
     });
     (state, refusal)
@@ -160,7 +169,7 @@ mod tests {
     fn only_what_cannot_be_told_is_unconfirmed() {
         let judge = |written, whole, reason| {
             judge(
-                &Look { written, whole },
+                Look { written, whole },
                 Some(Refusal::new(reason, "detail")),
             )
             .0

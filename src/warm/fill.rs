@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use nix::errno::Errno;
@@ -107,9 +108,10 @@ impl Filling<'_> {
         if let Some(refusal) = clip.site.caches_nothing.get() {
             return Err(refusal.clone());
         }
+        let missing = clip.present.missing(clip.size);
+        let mut room = Room::take(clip, missing.bytes())?;
         (self.progress)(Progress::Begin(&clip.path));
         let file = open(clip)?;
-        let missing = clip.present.missing(clip.size);
         let Some(start) = missing.first() else {
             return Ok(true);
         };
@@ -117,7 +119,7 @@ impl Filling<'_> {
             start,
             end: missing.spans()[0].end.min(start + FIRST),
         };
-        if !self.read(&file, first)? {
+        if !self.read(&file, first, &mut room)? {
             return Ok(false);
         }
         self.check_cached(first)?;
@@ -127,7 +129,7 @@ impl Filling<'_> {
         let (mut present, _) = clip.present(clip.size, clip.modified);
         present.insert(first);
         for span in present.missing(clip.size).spans() {
-            if !self.read(&file, *span)? {
+            if !self.read(&file, *span, &mut room)? {
                 return Ok(false);
             }
         }
@@ -135,7 +137,7 @@ impl Filling<'_> {
     }
 
     /// Reads a span whole; false when it was stopped.
-    fn read(&mut self, file: &File, span: Span) -> Result<bool, Refusal> {
+    fn read(&mut self, file: &File, span: Span, room: &mut Room) -> Result<bool, Refusal> {
         let mut offset = span.start;
         while offset < span.end {
             if (self.stop)() {
@@ -151,6 +153,7 @@ impl Filling<'_> {
                 Ok(n) => {
                     offset += n as u64;
                     self.read_bytes += n as u64;
+                    room.fill(n as u64);
                     (self.progress)(Progress::Read(n as u64));
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -163,7 +166,7 @@ impl Filling<'_> {
     fn unreadable(&self, offset: u64, error: &io::Error) -> Refusal {
         let path = self.clip.path.display();
         let free = self.clip.site.free_bytes();
-        // rclone answers EIO when its cache's disk is full.
+        // rclone 1.75 answers EIO when its cache's disk is full.
         let hint = match free {
             Some(free) if free < BLOCK as u64 => "; the cache's disk is full",
             _ => "; rclone's log tells more",
@@ -196,6 +199,55 @@ impl Filling<'_> {
     }
 }
 
+/// Room on the cache's disk for what is still to be read of a clip. A disk that
+/// fills up must not be tried: rclone 1.60 then never answers the read, and a
+/// process that waits for it cannot be killed.
+struct Room<'a> {
+    under_way: &'a Mutex<u64>,
+    left: u64,
+}
+
+impl<'a> Room<'a> {
+    fn take(clip: &'a Clip, bytes: u64) -> Result<Self, Refusal> {
+        let under_way = &clip.site.under_way;
+        let mut others = lock(under_way);
+        match clip.site.free_bytes() {
+            Some(free) if free.saturating_sub(*others) < bytes => Err(Refusal::new(
+                Reason::IoError,
+                format!(
+                    "`{}` does not fit: {bytes} bytes are missing, the cache's disk has {free} \
+                     left, and {others} are being read",
+                    clip.path.display()
+                ),
+            )),
+            _ => {
+                *others += bytes;
+                Ok(Self {
+                    under_way,
+                    left: bytes,
+                })
+            }
+        }
+    }
+
+    fn fill(&mut self, bytes: u64) {
+        let filled = bytes.min(self.left);
+        self.left -= filled;
+        *lock(self.under_way) -= filled;
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        *lock(self.under_way) -= self.left;
+    }
+}
+
+/// A number is whole, whoever panicked while it was locked.
+fn lock(number: &Mutex<u64>) -> MutexGuard<'_, u64> {
+    number.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Opens a clip past the page cache: only what is asked for is read, all of it
 /// reaches rclone, and the clip does not fill memory twice.
 fn open(clip: &Clip) -> Result<File, Refusal> {
@@ -212,6 +264,13 @@ fn open(clip: &Clip) -> Result<File, Refusal> {
         return Err(Refusal::new(Reason::Changed, detail));
     }
     Ok(file)
+}
+
+/// Opens and reads a byte of a clip that is cached, so that rclone compares its
+/// version once more and writes its metadata.
+pub(super) fn touch(clip: &Clip) {
+    // What came of it, the metadata shows.
+    let _ = open(clip).map(|file| file.read_at(&mut [0], 0));
 }
 
 /// Whether a cache file has no hole in a span; false also where there is none.
@@ -250,7 +309,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(4 << 20).unwrap();
         assert!(!holds(0, 1));
-        file.write_all_at(&[1; 1 << 20], 1 << 20).unwrap();
+        file.write_all_at(&vec![1; 1 << 20], 1 << 20).unwrap();
         assert!(!holds(0, 2 << 20) && !holds(1 << 20, 4 << 20));
         assert!(holds(1 << 20, 2 << 20) && holds((1 << 20) + 5, 2 << 20));
         assert!(!holds(4 << 20, 5 << 20) && !holds(9 << 20, 10 << 20));

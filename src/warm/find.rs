@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::{Progress, Report, State};
 use crate::cache::proof::{Timestamp, check_mount};
@@ -23,6 +23,8 @@ pub struct Site {
     pub(super) located: Located,
     /// Set once a read has shown that nothing is cached here.
     pub(super) caches_nothing: OnceLock<Refusal>,
+    /// Bytes that are still to be read of the clips that are being read.
+    pub(super) under_way: Mutex<u64>,
 }
 
 /// A clip on an rclone mount.
@@ -77,7 +79,8 @@ impl Clip {
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// Clips, each once, in the order of the paths and then of their names.
+    /// Clips, each once, in the order of the paths; those of a folder by their
+    /// names, before those of the folders below it.
     pub clips: Vec<Clip>,
     /// What could not be looked at.
     pub failed: Vec<Report>,
@@ -91,43 +94,54 @@ impl Found {
     /// What speaks against the mounts that the clips are on, a line each.
     #[must_use]
     pub fn doubts(&self) -> Vec<String> {
-        let mut sites: Vec<(&Arc<Site>, u64, u64)> = Vec::new();
-        for clip in &self.clips {
-            let index = sites
-                .iter()
-                .position(|(site, ..)| Arc::ptr_eq(site, &clip.site));
-            let index = index.unwrap_or_else(|| {
-                sites.push((&clip.site, 0, 0));
-                sites.len() - 1
-            });
-            sites[index].1 += clip.size;
-            sites[index].2 += clip.missing_bytes();
-        }
         let mut doubts = Vec::new();
-        for (site, bytes, missing) in sites {
+        for (site, clips) in self.by_site() {
             let located = &site.located;
-            let mut doubt = |text: String| {
-                doubts.push(format!("`{}`: {text}", site.point.display()));
-            };
+            let point = site.point.display();
             if let Err(refusal) = check_mount(&located.mount_facts(), &mut Trail::off()) {
                 let remedy = refusal.reason.remedy();
-                doubt(format!(
-                    "clips can be cached, but not bypassed: {refusal}; {remedy}"
+                doubts.push(format!(
+                    "`{point}`: clips can be cached, but not bypassed: {refusal}; {remedy}"
                 ));
             }
-            if let Some(limit) = located.cache_limit().filter(|limit| *limit < bytes) {
-                doubt(format!(
-                    "the clips have {bytes} bytes, and rclone evicts beyond {limit} \
-                     (--vfs-cache-max-size)"
-                ));
-            }
+            let missing: u64 = clips.iter().map(|clip| clip.missing_bytes()).sum();
             if let Some(free) = site.free_bytes().filter(|free| *free < missing) {
-                doubt(format!(
-                    "{missing} bytes are missing, and the cache's disk has {free} left"
+                doubts.push(format!(
+                    "`{point}`: {missing} bytes are missing, and the cache's disk has {free} left"
                 ));
             }
         }
         doubts
+    }
+
+    /// Mounts whose cache cannot keep all of the clips, a line each: rclone
+    /// evicts some of them again, if not at once.
+    #[must_use]
+    pub fn overflows(&self) -> Vec<String> {
+        let overflow = |(site, clips): (&Arc<Site>, Vec<&Clip>)| {
+            let bytes: u64 = clips.iter().map(|clip| clip.size).sum();
+            let limit = site.located.cache_limit().filter(|limit| *limit < bytes)?;
+            Some(format!(
+                "`{}`: the clips have {bytes} bytes, and rclone evicts beyond {limit}; raise \
+                 --vfs-cache-max-size",
+                site.point.display()
+            ))
+        };
+        self.by_site().into_iter().filter_map(overflow).collect()
+    }
+
+    fn by_site(&self) -> Vec<(&Arc<Site>, Vec<&Clip>)> {
+        let mut sites: Vec<(&Arc<Site>, Vec<&Clip>)> = Vec::new();
+        for clip in &self.clips {
+            match sites
+                .iter_mut()
+                .find(|(site, _)| Arc::ptr_eq(site, &clip.site))
+            {
+                Some((_, clips)) => clips.push(clip),
+                None => sites.push((&clip.site, vec![clip])),
+            }
+        }
+        sites
     }
 }
 
@@ -322,6 +336,7 @@ impl Search<'_> {
                 point: mount.point.clone(),
                 located: Located::find(mount, &self.table)?,
                 caches_nothing: OnceLock::new(),
+                under_way: Mutex::new(0),
             }))
         };
         let site = self.sites.entry(dev).or_insert_with(|| locate(mount));
