@@ -17,10 +17,12 @@ mod tracer;
 mod watchdog;
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use common::clips::*;
@@ -454,4 +456,101 @@ fn a_halted_daemon_halts_no_proven_read() {
         assert_right(&report, "an open");
         assert_eq!(report["fuse"], 0, "{report}");
     });
+}
+
+/// Another rclone that has the same remote in the same cache; killed when dropped.
+struct Second(Child);
+
+impl Second {
+    /// Serves what the rig's mount has as its remote.
+    fn start(rig: &Rig, rclone: &Path) -> Self {
+        let daemon = rig.daemon().unwrap();
+        let arguments = std::fs::read(format!("/proc/{daemon}/cmdline")).unwrap();
+        let remote = arguments
+            .split(|&byte| byte == 0)
+            .find(|argument| argument.starts_with(b":http"))
+            .unwrap();
+        let child = Command::new(rclone)
+            .args(["--config=", "serve", "http"])
+            .arg(OsStr::from_bytes(remote))
+            .args(["--addr=127.0.0.1:0", "--read-only"])
+            .args(["--vfs-cache-mode=full", "--cache-dir"])
+            .arg(rig.cache())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let comm = format!("/proc/{}/comm", child.id());
+        eventually("a second rclone", || {
+            std::fs::read_to_string(&comm).is_ok_and(|name| name == "rclone\n")
+        });
+        Self(child)
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A gate that cannot be looked at is a gate that does not hold.
+///
+/// Fails as of this commit: `all_rclones` and `shares_cache` take a process or
+/// folder that cannot be read for one that shares nothing.
+#[test]
+fn no_failed_call_hides_that_a_cache_is_shared() {
+    alone("no_failed_call_hides_that_a_cache_is_shared", |rclone| {
+        let (rig, _held) = cached(rclone);
+        let _second = Second::start(&rig, rclone);
+        let mut traced = Traced::start(&rig);
+        let plain = traced.run("open", None);
+        let refusal = plain.report["refusal"].as_str().unwrap();
+        assert!(
+            refusal.starts_with("unsupported: another rclone"),
+            "{refusal}"
+        );
+        let mut hidden = BTreeSet::new();
+        let mut tried = 0;
+        let asks = |call: &str| call.contains("/proc") || call.ends_with("CACHE");
+        for fault in matrix::faults(&plain.calls, asks) {
+            // A process that ends while it is looked at shares nothing any more.
+            let ended = fault.kind == Kind::Error(Errno::ENOENT);
+            if ended || !matches!(fault.kind, Kind::Error(_)) {
+                continue;
+            }
+            forget_mounts(&mut traced);
+            let episode = traced.run("open", Some(&fault));
+            tried += episode.failed.min(1);
+            let opened = episode.report["open_error"].is_null();
+            if episode.failed > 0 && opened && episode.report["refusal"].is_null() {
+                hidden.insert(fault.site);
+            }
+        }
+        assert!(tried > 300, "only {tried} faults");
+        assert!(hidden.is_empty(), "bypassed all the same: {hidden:#?}");
+    });
+}
+
+/// poll(2) with a signal pending answers EINTR, even if it does not wait.
+///
+/// Fails as of this commit: `Locator::refresh` takes that for an error.
+#[test]
+fn an_interrupted_look_at_the_mount_table_is_made_again() {
+    alone(
+        "an_interrupted_look_at_the_mount_table_is_made_again",
+        |rclone| {
+            let (rig, _held) = cached(rclone);
+            let mut traced = Traced::start(&rig);
+            traced.run("open", None);
+            let fault = Fault {
+                site: "open: poll".into(),
+                occurrence: 1,
+                kind: Kind::Error(Errno::EINTR),
+            };
+            let episode = traced.run("whole", Some(&fault));
+            assert_eq!(episode.failed, 1);
+            assert_eq!(matrix::outcome(&episode), "cache", "{}", episode.report);
+        },
+    );
 }
