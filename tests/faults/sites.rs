@@ -16,7 +16,7 @@ use crate::common::clips::{CLIP, cache_file, clip};
 /// Calls of the memory allocator, threads and clocks: of the Rust runtime, not
 /// of a reader. Their failure means that there is no memory, which ends a Rust
 /// program, or cannot happen.
-const OF_THE_RUNTIME: [c_long; 14] = [
+const OF_THE_RUNTIME: &[c_long] = &[
     libc::SYS_brk,
     libc::SYS_mmap,
     libc::SYS_munmap,
@@ -28,6 +28,8 @@ const OF_THE_RUNTIME: [c_long; 14] = [
     libc::SYS_clock_nanosleep,
     libc::SYS_getrandom,
     libc::SYS_sched_yield,
+    // Which kernel this is: it has no error to give.
+    libc::SYS_uname,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
     libc::SYS_sigaltstack,

@@ -249,10 +249,16 @@ fn normalize(path: &Path) -> PathBuf {
 }
 
 fn pids() -> io::Result<Vec<u32>> {
-    Ok(fs::read_dir("/proc")?
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect())
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        pids.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<u32>().ok()),
+        );
+    }
+    Ok(pids)
 }
 
 /// Whether an error from /proc means that the process or descriptor is gone.
@@ -324,18 +330,37 @@ fn is_mounting_rclone(arguments: &[OsString]) -> bool {
 }
 
 /// Processes that look like an rclone of any command.
-pub(super) fn all_rclones() -> Vec<Daemon> {
-    let pids = pids().unwrap_or_default().into_iter();
-    pids.filter(|&pid| is_rclone(pid))
-        .filter_map(Daemon::new)
-        .collect()
+///
+/// # Errors
+/// Where one cannot be asked, and has not exited.
+pub(super) fn all_rclones() -> Result<Vec<Daemon>, Refusal> {
+    let failed = |what: &str, e: &io::Error| Refusal::from_io(what, e, Reason::IoError);
+    let mut found = Vec::new();
+    for pid in pids().map_err(|e| failed("`/proc`", &e))? {
+        match arguments(pid) {
+            Ok(arguments) if !looks_like_rclone(&arguments) => {}
+            Ok(_) => match Daemon::new(pid) {
+                Some(daemon) => found.push(daemon),
+                None if !Path::new(&format!("/proc/{pid}")).exists() => {}
+                None => {
+                    let detail = format!("start time of pid {pid} cannot be read");
+                    return Err(Refusal::new(Reason::IoError, detail));
+                }
+            },
+            Err(e) if exited(&e) => {}
+            Err(e) => return Err(failed(&format!("arguments of pid {pid}"), &e)),
+        }
+    }
+    Ok(found)
 }
 
 fn is_rclone(pid: u32) -> bool {
-    arguments(pid).is_ok_and(|arguments| {
-        let name = program_name(&arguments);
-        name.starts_with(b"rclone") || name == b"mount.rclone"
-    })
+    arguments(pid).is_ok_and(|arguments| looks_like_rclone(&arguments))
+}
+
+fn looks_like_rclone(arguments: &[OsString]) -> bool {
+    let name = program_name(arguments);
+    name.starts_with(b"rclone") || name == b"mount.rclone"
 }
 
 /// Whether a process looks like `rclone mount … POINT`.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::daemon::{Daemon, Start, all_rclones, base_name};
@@ -119,7 +121,7 @@ impl Located {
         let mode = start.option("vfs-cache-mode");
         Ok(Self {
             read_only: mount.read_only,
-            shared_with: shares_cache(mount, table, &daemon, &cache),
+            shared_with: shares_cache(mount, table, &daemon, &cache)?,
             cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
             folders,
             daemon,
@@ -172,9 +174,24 @@ fn under(root: &Path, path: &Path) -> PathBuf {
 /// or any process that names the remote among its arguments (`serve`, or a
 /// mount in another namespace). One of which that cannot be said counts as one
 /// that does.
-fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -> Option<String> {
-    // Where it cannot be read, a later step tells.
-    let own_cache = identity(cache)?;
+///
+/// # Errors
+/// Where the question cannot be asked, which must not look like a no.
+fn shares_cache(
+    mount: &Mount,
+    table: &MountTable,
+    own: &Daemon,
+    cache: &Path,
+) -> Result<Option<String>, Refusal> {
+    let own_cache = match fs::metadata(cache) {
+        Ok(folder) => (folder.dev(), folder.ino()),
+        // Nothing to share; a later step tells.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => {
+            let what = format_args!("`{}`", cache.display());
+            return Err(Refusal::from_io(what, &e, Reason::IoError));
+        }
+    };
     let same_cache = |daemon: &Daemon, start: &Start| {
         let Ok(folder) = start.cache_folder() else {
             return daemon.is_alive();
@@ -183,8 +200,14 @@ fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -
             Ok(other) => (other.dev(), other.ino()) == own_cache,
             // Ours exists; a folder that does not is another's. Nor does a
             // process share it that has exited meanwhile.
-            Err(e) => e.kind() != std::io::ErrorKind::NotFound && daemon.is_alive(),
+            Err(e) => e.kind() != io::ErrorKind::NotFound && daemon.is_alive(),
         }
+    };
+    // One that has exited shares nothing.
+    let started = |daemon: &Daemon| match start_of(daemon) {
+        Ok(start) => Ok(Some(start)),
+        Err(_) if !daemon.is_alive() => Ok(None),
+        Err(refusal) => Err(refusal),
     };
     let folder = remote_folder(mount);
     for other in table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev) {
@@ -193,31 +216,33 @@ fn shares_cache(mount: &Mount, table: &MountTable, own: &Daemon, cache: &Path) -
         let point = other.point.display();
         let servers = match Daemon::candidates(other) {
             Ok(servers) => servers,
-            Err(refusal) if overlaps => return Some(format!("perhaps `{point}`: {refusal}")),
+            Err(refusal) if overlaps => return Ok(Some(format!("perhaps `{point}`: {refusal}"))),
             Err(_) => continue,
         };
         // Of several that may serve it, each counts; and so does our own, which
         // may keep two caches of one remote under different options.
         for daemon in &servers {
-            let shares = start_of(daemon).is_ok_and(|start| {
-                (overlaps || start.option("devname").is_some()) && same_cache(daemon, &start)
-            });
-            if shares {
-                return Some(format!("pid {} at `{point}`", daemon.pid));
+            if let Some(start) = started(daemon)?
+                && (overlaps || start.option("devname").is_some())
+                && same_cache(daemon, &start)
+            {
+                return Ok(Some(format!("pid {} at `{point}`", daemon.pid)));
             }
         }
     }
     let (name, _) = split_source(&mount.source);
     let name = base_name(name.as_bytes());
-    let mut others = all_rclones().into_iter();
-    let sharing = others.find(|daemon| {
-        daemon != own
-            && start_of(daemon).is_ok_and(|start| {
-                start.remotes().any(|remote| remote == name) && same_cache(daemon, &start)
-            })
+    for daemon in all_rclones()? {
+        if daemon != *own
+            && let Some(start) = started(&daemon)?
+            && start.remotes().any(|remote| remote == name)
+            && same_cache(&daemon, &start)
             && !daemon.is_forked_from(own)
-    });
-    sharing.map(|daemon| format!("pid {}", daemon.pid))
+        {
+            return Ok(Some(format!("pid {}", daemon.pid)));
+        }
+    }
+    Ok(None)
 }
 
 /// A folder's device and inode, by whichever path it is reached.
@@ -274,7 +299,13 @@ impl Locator {
     /// is then readable with priority (proc_pid_mountinfo(5)).
     fn refresh(&mut self) -> Result<(), Refusal> {
         let mut fds = [PollFd::new(self.changes.as_fd(), PollFlags::POLLPRI)];
-        let changed = poll(&mut fds, PollTimeout::ZERO).map_err(|e| no_mountinfo(e.into()))?;
+        let changed = loop {
+            match poll(&mut fds, PollTimeout::ZERO) {
+                // A pending signal interrupts it even where it does not wait.
+                Err(Errno::EINTR) => {}
+                result => break result.map_err(|e| no_mountinfo(e.into()))?,
+            }
+        };
         if changed > 0 { self.reread() } else { Ok(()) }
     }
 

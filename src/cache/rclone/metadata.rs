@@ -194,8 +194,12 @@ fn read_once(path: &Path) -> io::Result<Option<(Vec<u8>, Stamp, bool)>> {
     }
     let mut first = vec![0; before.size as usize];
     let mut second = first.clone();
-    if file.read_exact_at(&mut first, 0).is_err() || file.read_exact_at(&mut second, 0).is_err() {
-        return Ok(None);
+    for copy in [&mut first, &mut second] {
+        match file.read_exact_at(copy, 0) {
+            // It has been cut since.
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            read => read?,
+        }
     }
     let stable = first == second
         && Stamp::from(&file.metadata()?) == before
