@@ -114,6 +114,16 @@ impl Cast {
         }
     }
 
+    /// Those that are changed: at the remote, and through the mount.
+    fn groups(&self, read_only: bool) -> Vec<Vec<Clip>> {
+        let (swapped, written, both) = (&self.swapped[..], &self.written[..], &self.both[..]);
+        if read_only {
+            vec![[swapped, written, both].concat()]
+        } else {
+            vec![[swapped, both].concat(), [written, both].concat()]
+        }
+    }
+
     /// All that readers read.
     fn all(&self) -> Vec<Clip> {
         [&self.quiet[..], &self.swapped, &self.written, &self.both].concat()
@@ -180,11 +190,13 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     let file = BypassFile::open(world.folder.join(steady)).unwrap();
     let bypasses = file.refusal().is_none();
     drop(file);
+    let groups = cast.groups(variant.read_only);
     let mut readers: Vec<Readers> = (0..PROCESSES)
         .map(|process| {
             Readers::start(&Task {
                 folder: world.folder.clone(),
                 clips: cast.all(),
+                groups: groups.clone(),
                 seed: seed ^ (process + 1) << 16,
                 threads: THREADS,
                 writable: !variant.read_only,
@@ -195,15 +207,11 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
     let (mut tally, mut excused, mut findings) = (Tally::default(), 0, Vec::new());
     thread::scope(|scope| {
         let world = &world;
-        let mut remote = [&cast.swapped[..], &cast.both].concat();
-        if variant.read_only {
-            remote.extend_from_slice(&cast.written);
-        } else {
-            let by_mount = [&cast.written[..], &cast.both].concat();
-            let spare = &cast.spare;
-            scope.spawn(move || world.change_by_mount(&by_mount, spare, seed ^ 0xb));
+        let (groups, spare) = (&groups, &cast.spare);
+        scope.spawn(move || world.change_remote(&groups[0], seed ^ 0xa));
+        if let Some(by_mount) = groups.get(1) {
+            scope.spawn(move || world.change_by_mount(by_mount, spare, seed ^ 0xb));
         }
-        scope.spawn(move || world.change_remote(&remote, seed ^ 0xa));
         let keeper = scope.spawn(|| keep(&mut rig, world, &cast.quiet, lasts));
         let title = title.as_str();
         // They read until these are closed.
@@ -409,7 +417,9 @@ fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
             wrong.fault,
             wrong.offset,
             wrong.length,
-            wrong.stamp,
+            wrong
+                .stamp
+                .or_else(|| world.journal.whose(&suspect.clip, wrong)),
             wrong.hex[0],
             wrong.hex[1],
             wrong.hex[2]

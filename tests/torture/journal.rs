@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::cells::Stamp;
+use crate::cells::{CELL, Stamp, content, hex};
 use crate::judge::{Fault, Wrong};
 use crate::reader::Suspect;
 
@@ -144,6 +144,13 @@ impl Journal {
             .all(|wrong| near.iter().any(|event| excuse(event, wrong)))
     }
 
+    /// Which mutation of a clip wrote these bytes, where the judge cannot tell.
+    pub fn whose(&self, clip: &str, wrong: &Wrong) -> Option<Stamp> {
+        let events = self.events.lock().unwrap();
+        let mut stamps = events.1.iter().filter(|e| e.clip == clip).map(|e| e.stamp);
+        stamps.find(|stamp| begins_with(*stamp, wrong))
+    }
+
     /// The last mutations of a clip up to the end of a read, as text.
     pub fn tail(&self, suspect: &Suspect) -> String {
         let events = self.events.lock().unwrap();
@@ -192,13 +199,15 @@ fn excuse(event: &Event, wrong: &Wrong) -> bool {
             let file = wrong.stamp.map(|stamp| stamp.file);
             event.effects.brings.is_some() && event.effects.brings == file
         }
-        Fault::Garbage => {
-            let expected = crate::cells::content(event.stamp, wrong.offset, wrong.length as usize);
-            let hex = crate::cells::hex(&expected);
-            wrong.length < crate::cells::CELL as u64 && wrong.hex[0].starts_with(&hex)
-        }
+        Fault::Garbage => wrong.length < CELL as u64 && begins_with(event.stamp, wrong),
         Fault::Elsewhere | Fault::Older | Fault::Newer | Fault::Mixture => false,
     }
+}
+
+/// Whether the first wrong bytes are of this stamp.
+fn begins_with(stamp: Stamp, wrong: &Wrong) -> bool {
+    let length = wrong.length.min(CELL as u64) as usize;
+    wrong.hex[0].starts_with(&hex(&content(stamp, wrong.offset, length)))
 }
 
 #[cfg(test)]

@@ -217,6 +217,7 @@ fn readers() {
     let task = reader::Task {
         folder: folder.path().into(),
         clips: vec![clip],
+        groups: Vec::new(),
         seed: 1,
         threads: 2,
         writable: false,

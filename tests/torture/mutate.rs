@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use crate::cells::{Stamp, content, hex};
 use crate::journal::{Effects, Journal};
 use crate::random::Random;
-use crate::reader::Clip;
+use crate::reader::{Clip, hot};
 
 const KIB: u64 = 1 << 10;
 /// Sizes of clips, bytes.
@@ -72,7 +72,7 @@ impl World {
             if self.stopped() {
                 break;
             }
-            let clip = random.of(clips);
+            let clip = hot(clips, &mut random);
             // A clip that a program has just unlinked cannot be swapped.
             let _ = self.change_at_remote(clip, kind, &mut random);
         }
@@ -129,7 +129,7 @@ impl World {
             let mut tries = 0;
             // While the daemon is being replaced, nothing works.
             while !self.stopped() && tries < 20 {
-                let clip = random.of(clips);
+                let clip = hot(clips, &mut random);
                 if self
                     .change(clip, spare, kind, &mut random, &mut mapper)
                     .is_ok()

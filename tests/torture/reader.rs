@@ -28,6 +28,8 @@ const ERRORS_LAST: Duration = Duration::from_secs(4);
 const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
 /// Clips rest in turn, so that rclone closes them and writes their metadata.
 const REST_MS: u64 = 1_500;
+/// How long a clip is hot.
+const HOT_MS: u64 = 2_500;
 /// How long dozing clips doze, and wake.
 const DOZE_MS: u64 = 6_000;
 /// Findings of a read that are told.
@@ -42,11 +44,21 @@ pub struct Clip {
     pub dozes: bool,
 }
 
+/// The clip of a group that is changed, and read, more than others just now.
+pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
+    if random.one_in(3) {
+        return random.of(group);
+    }
+    Random::new(now() / 1_000_000 / HOT_MS).of(group)
+}
+
 /// What a process of readers is to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Task {
     pub folder: PathBuf,
     pub clips: Vec<Clip>,
+    /// Those that a mutator changes, a group for each.
+    pub groups: Vec<Vec<Clip>>,
     pub seed: u64,
     pub threads: u64,
     /// Whether clips are also written through the mount.
@@ -229,7 +241,12 @@ impl Reader<'_> {
         if awake.is_empty() {
             awake.extend(&task.clips);
         }
-        let clip = *self.random.of(&awake);
+        let clip = if !task.groups.is_empty() && self.random.one_in(2) {
+            let group = self.random.of(&task.groups);
+            hot(group, &mut self.random)
+        } else {
+            *self.random.of(&awake)
+        };
         let kind = *self.random.of(&KINDS);
         let path = task.folder.join(&clip.name);
         self.doing(format!("opening {} for {kind:?}", clip.name));
