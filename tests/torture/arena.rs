@@ -178,7 +178,7 @@ fn mount(variant: &Variant, cast: &Cast, folder: &Path, seed: u64) -> (Rig, Worl
 
 /// Tortures one mount for a while.
 pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
-    let _watchdog = Watchdog::start(variant.title(), lasts + EXTENSION + 4 * PATIENCE);
+    let _watchdog = Watchdog::start(variant.title(), lasts + EXTENSION + 8 * PATIENCE);
     let folder = tempfile::Builder::new()
         .prefix("vmafx-torture-")
         .tempdir()
@@ -379,7 +379,8 @@ impl Readers {
                 Err(RecvTimeoutError::Timeout) => "hang",
                 Err(RecvTimeoutError::Disconnected) => "died",
             };
-            findings.push(format!("{title}: readers {ended}: {doing:?}"));
+            let waits = waits(self.child.id());
+            findings.push(format!("{title}: readers {ended}: {doing:?}; in {waits:?}"));
             return (Tally::default(), excused, findings);
         }
     }
@@ -388,8 +389,27 @@ impl Readers {
 impl Drop for Readers {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        // One that waits in the kernel for a daemon that does not answer ends
+        // with the mount, after this.
+        for _ in 0..50 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
     }
+}
+
+/// Where in the kernel the threads of a process wait.
+fn waits(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let of = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("wchan")).ok();
+    threads
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(of)
+        .collect()
 }
 
 fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
@@ -452,7 +472,8 @@ pub fn be_readers(task: Task) {
     // The harness has begun a line.
     println!();
     loop {
-        let Ok(one) = told.recv_timeout(PATIENCE) else {
+        // After its parent, which tells what it saw.
+        let Ok(one) = told.recv_timeout(2 * PATIENCE) else {
             std::process::exit(1);
         };
         let mut out = std::io::stdout().lock();

@@ -26,6 +26,7 @@ pub fn now() -> u64 {
 
 /// What a mutation can make visible for a moment.
 #[derive(Debug, Clone, Copy, Default)]
+#[expect(clippy::struct_excessive_bools)] // each by itself, in any combination
 pub struct Effects {
     /// Zeros that were never written.
     pub zeros: bool,
@@ -35,6 +36,8 @@ pub struct Effects {
     pub brings: Option<u16>,
     /// It comes from the remote: later than it was done.
     pub remote: bool,
+    /// rclone cannot notice it.
+    pub unnoticed: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -133,6 +136,18 @@ impl Journal {
     /// a cell cannot name. Never an older version, nor another offset.
     pub fn excuses(&self, suspect: &Suspect) -> bool {
         let events = self.events.lock().unwrap();
+        // Where rclone could not notice a swap, FUSE mixes both versions by what
+        // it had cached: one byte tells nothing of the others.
+        let mixes = |wrong: &Wrong| {
+            let between = |version| {
+                wrong.stamp.is_some_and(|s| s.version < version) && version <= suspect.floor
+            };
+            wrong.fault == Fault::Older
+                && events.1.iter().any(|event| {
+                    let unnoticed = event.clip == suspect.clip && event.effects.unnoticed;
+                    unnoticed && between(event.stamp.version)
+                })
+        };
         let near: Vec<&Event> = events
             .1
             .iter()
@@ -141,7 +156,7 @@ impl Journal {
         suspect
             .wrong
             .iter()
-            .all(|wrong| near.iter().any(|event| excuse(event, wrong)))
+            .all(|wrong| near.iter().any(|event| excuse(event, wrong)) || mixes(wrong))
     }
 
     /// Which mutation of a clip wrote these bytes, where the judge cannot tell.

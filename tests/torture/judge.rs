@@ -41,6 +41,11 @@ impl View {
         (place == index).then_some(stamp)
     }
 
+    /// The newest version in it.
+    pub fn newest(&self) -> Option<u32> {
+        self.stamps().map(|stamp| stamp.version).max()
+    }
+
     fn stamps(&self) -> impl Iterator<Item = Stamp> {
         let first = self.offset / CELL as u64;
         let last = self.end() / CELL as u64;
@@ -95,10 +100,24 @@ pub enum Verdict {
     Wrong(Vec<Wrong>),
 }
 
-/// Judges what was read of `file` past FUSE, by what FUSE returned before and
-/// after for at least the same range, to whole cells; `None` where it returned
-/// an error, which leaves that side open.
-pub fn judge(file: u16, before: Option<&View>, bypass: &View, after: Option<&View>) -> Verdict {
+/// The file whose bytes are judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject {
+    pub file: u16,
+    /// No byte may be older, wherever FUSE says nothing else: for files that
+    /// change as a whole, and of which FUSE has shown this version.
+    pub floor: u32,
+}
+
+/// Judges what was read past FUSE, by what FUSE returned before and after for
+/// at least the same range, to whole cells; `None` where it returned an error,
+/// or was not asked, which leaves that side open.
+pub fn judge(
+    subject: Subject,
+    before: Option<&View>,
+    bypass: &View,
+    after: Option<&View>,
+) -> Verdict {
     let (offset, asked) = (bypass.offset, bypass.asked);
     let same = |fuse: Option<&View>| {
         fuse.is_some_and(|view| {
@@ -108,7 +127,7 @@ pub fn judge(file: u16, before: Option<&View>, bypass: &View, after: Option<&Vie
     if same(before) || same(after) {
         return Verdict::Right;
     }
-    let court = Court::new(file, before, bypass, after);
+    let court = Court::new(subject, before, bypass, after);
     let mut wrong: Vec<Wrong> = Vec::new();
     let mut from = offset;
     while from < bypass.end() {
@@ -147,7 +166,7 @@ enum Bound {
 }
 
 struct Court<'a> {
-    file: u16,
+    subject: Subject,
     before: Option<&'a View>,
     bypass: &'a View,
     after: Option<&'a View>,
@@ -155,10 +174,15 @@ struct Court<'a> {
 }
 
 impl<'a> Court<'a> {
-    fn new(file: u16, before: Option<&'a View>, bypass: &'a View, after: Option<&'a View>) -> Self {
+    fn new(
+        subject: Subject,
+        before: Option<&'a View>,
+        bypass: &'a View,
+        after: Option<&'a View>,
+    ) -> Self {
         let views = [before, Some(bypass), after];
         Self {
-            file,
+            subject,
             before,
             bypass,
             after,
@@ -225,8 +249,11 @@ impl<'a> Court<'a> {
     fn fault_of(&self, stamp: Stamp, offset: u64) -> Option<Fault> {
         let index = offset / CELL as u64;
         let files = [self.before, self.after].map(|v| v?.stamp(index).map(|s| s.file));
-        if stamp.file != self.file && !files.contains(&Some(stamp.file)) {
+        if stamp.file != self.subject.file && !files.contains(&Some(stamp.file)) {
             return Some(Fault::Foreign);
+        }
+        if stamp.version < self.subject.floor {
+            return Some(Fault::Older);
         }
         match self.bound(self.before, offset, Iterator::min) {
             Bound::At(floor) if stamp.version < floor => return Some(Fault::Older),

@@ -3,9 +3,13 @@
 use proptest::prelude::*;
 
 use crate::cells::{CELL, Stamp, content};
-use crate::judge::{Fault, Verdict, View, judge};
+use crate::judge::{Fault, Subject, Verdict, View, judge};
 
 const OWN: u16 = 1;
+const SUBJECT: Subject = Subject {
+    file: OWN,
+    floor: 0,
+};
 const OTHER: u16 = 2;
 const AT: u64 = 160;
 const LENGTH: usize = 320;
@@ -36,7 +40,7 @@ fn patched(base: &View, offset: u64, bytes: &[u8]) -> View {
 
 /// The faults of a read between FUSE's `before` and `after`.
 fn faults(before: &View, bypass: &View, after: &View) -> Vec<Fault> {
-    match judge(OWN, Some(before), bypass, Some(after)) {
+    match judge(SUBJECT, Some(before), bypass, Some(after)) {
         Verdict::Right => Vec::new(),
         Verdict::Wrong(wrong) => wrong.into_iter().map(|w| w.fault).collect(),
     }
@@ -162,6 +166,24 @@ fn mixtures_within_a_cell_are_wrong() {
 }
 
 #[test]
+fn a_floor_holds_where_fuse_was_not_asked_before() {
+    let above = |floor| {
+        let subject = Subject { file: OWN, floor };
+        judge(subject, None, &version(5), Some(&version(6))) == Verdict::Right
+    };
+    assert!(above(0) && above(5) && !above(6));
+    // What FUSE itself still gives is right.
+    let subject = Subject {
+        file: OWN,
+        floor: 6,
+    };
+    assert_eq!(
+        judge(subject, None, &version(5), Some(&version(5))),
+        Verdict::Right
+    );
+}
+
+#[test]
 fn nobodys_bytes_are_wrong() {
     let noise = view(vec![0x5a; LENGTH]);
     let found = faults(&version(5), &noise, &version(6));
@@ -192,19 +214,20 @@ fn the_end_must_be_where_fuse_has_it() {
 fn an_error_of_fuse_leaves_one_side_open() {
     let one = |before: Option<u32>, after: Option<u32>| {
         let [before, after] = [before, after].map(|v| v.map(version));
-        judge(OWN, before.as_ref(), &version(5), after.as_ref()) == Verdict::Right
+        judge(SUBJECT, before.as_ref(), &version(5), after.as_ref()) == Verdict::Right
     };
     assert!(one(Some(4), None) && one(None, Some(6)) && one(Some(5), None));
     assert!(!one(Some(6), None) && !one(None, Some(4)));
     let zeros = view(vec![0; LENGTH]);
-    let verdict = judge(OWN, None, &zeros, Some(&version(5)));
+    let verdict = judge(SUBJECT, None, &zeros, Some(&version(5)));
     assert!(matches!(verdict, Verdict::Wrong(w) if w[0].fault == Fault::Zeros));
 }
 
 #[test]
 fn a_finding_says_where_and_what() {
     let bypass = patched(&version(5), AT + 32, &content(stamp(3), AT + 32, 48));
-    let Verdict::Wrong(wrong) = judge(OWN, Some(&version(5)), &bypass, Some(&version(5))) else {
+    let Verdict::Wrong(wrong) = judge(SUBJECT, Some(&version(5)), &bypass, Some(&version(5)))
+    else {
         panic!("a fault must be found");
     };
     assert_eq!(wrong.len(), 1);
@@ -235,12 +258,12 @@ proptest! {
                 asked: length,
                 bytes: source.bytes[from..from + length].to_vec(),
             };
-            prop_assert_eq!(judge(OWN, Some(&before), &bypass, Some(&after)), Verdict::Right);
+            prop_assert_eq!(judge(SUBJECT, Some(&before), &bypass, Some(&after)), Verdict::Right);
             bypass.bytes[at] ^= change;
             let value = bypass.bytes[at];
             // By chance it can be the byte of the other version.
             if value != before.bytes[from + at] && value != after.bytes[from + at] {
-                let verdict = judge(OWN, Some(&before), &bypass, Some(&after));
+                let verdict = judge(SUBJECT, Some(&before), &bypass, Some(&after));
                 prop_assert!(matches!(verdict, Verdict::Wrong(_)), "{} {:?}", at, verdict);
             }
         }

@@ -12,11 +12,14 @@ use std::time::{Duration, SystemTime};
 use crate::cells::{Stamp, content, hex};
 use crate::journal::{Effects, Journal};
 use crate::random::Random;
-use crate::reader::{Clip, hot};
+use crate::reader::{Clip, hot, hot_place};
 
 const KIB: u64 = 1 << 10;
 /// Sizes of clips, bytes.
 const SIZES: std::ops::Range<u64> = 96 * KIB..1_600 * KIB;
+
+/// How often what is held open is written again.
+const STORES: u64 = 12;
 
 /// What is done at the remote, in any mount.
 pub const REMOTE_KINDS: [&str; 4] = [
@@ -101,6 +104,7 @@ impl World {
         let effects = Effects {
             resized: size != old.len(),
             remote: true,
+            unnoticed: kind == "swap: same size and time",
             ..Effects::default()
         };
         let bytes = content(stamp, 0, size as usize);
@@ -162,7 +166,12 @@ impl World {
         if kind == "rename over" {
             self.fill_spare(spare, random)?;
         }
-        let stamp = self.journal.stamp(clip.file);
+        // Several versions for what is written again and again.
+        let several = kind.starts_with("store") || kind.ends_with("and hold");
+        let stamps: Vec<Stamp> = (0..if several { STORES } else { 1 })
+            .map(|_| self.journal.stamp(clip.file))
+            .collect();
+        let stamp = stamps[stamps.len() - 1];
         let (offset, length) = Self::place(size.max(1), random);
         let bytes = |offset: u64, length: u64| content(stamp, offset, length as usize);
         let resized = Effects {
@@ -208,9 +217,11 @@ impl World {
                 }
                 "write and hold" => {
                     let file = open().write(true).open(&path)?;
-                    file.write_all_at(&bytes(offset, length), offset)?;
-                    self.pause(hold);
-                    file.write_all_at(&bytes(offset, length), offset)
+                    for stamp in &stamps {
+                        file.write_all_at(&content(*stamp, offset, length as usize), offset)?;
+                        thread::sleep(Duration::from_millis(hold / STORES));
+                    }
+                    Ok(())
                 }
                 "truncate down" => {
                     let file = open().write(true).open(&path)?;
@@ -240,9 +251,11 @@ impl World {
                     }
                     fs::write(&path, bytes(0, new_size))
                 }
-                "store and msync" => mapper.store(&path, offset, &bytes(offset, length), true, 0),
-                "store and hold" => {
-                    mapper.store(&path, offset, &bytes(offset, length), false, hold)
+                "store and msync" | "store and hold" => {
+                    let content = |stamp: &Stamp| content(*stamp, offset, length as usize);
+                    let contents: Vec<_> = stamps.iter().map(content).collect();
+                    let sync = kind == "store and msync";
+                    mapper.store(&path, offset, &contents, sync, hold / STORES)
                 }
                 _ => unreachable!("{kind}"),
             })
@@ -262,8 +275,14 @@ impl World {
     /// A place in a file for a write of at least four cells: of any alignment,
     /// or of whole pages.
     fn place(size: u64, random: &mut Random) -> (u64, u64) {
-        let length = random.between(64, 64 * KIB).min(size / 2).max(64);
-        let offset = random.below((size - length.min(size - 1)).max(1));
+        let most = *random.of(&[4 * KIB, 64 * KIB]);
+        let length = random.between(64, most).min(size / 2).max(64);
+        let end = (size - length.min(size - 1)).max(1);
+        let offset = if random.one_in(3) {
+            random.below(end)
+        } else {
+            hot_place(size, random).min(end)
+        };
         if random.one_in(3) {
             return (offset & !4_095, (length + 4_095) & !4_095);
         }
@@ -289,13 +308,13 @@ for line in sys.stdin:
     try:
         fd = os.open(task["path"], os.O_RDWR)
         try:
-            data = bytes.fromhex(task["hex"])
-            start, end = task["offset"], task["offset"] + len(data)
+            start = task["offset"]
             with mmap.mmap(fd, os.fstat(fd).st_size) as memory:
-                memory[start:end] = data
-                if task["sync"]:
-                    memory.flush()
-                time.sleep(task["hold"] / 1000)
+                for content in map(bytes.fromhex, task["contents"]):
+                    memory[start:start + len(content)] = content
+                    if task["sync"]:
+                        memory.flush()
+                    time.sleep(task["pause"] / 1000)
         finally:
             os.close(fd)
         print("done", flush=True)
@@ -308,9 +327,9 @@ impl Mapper {
         &mut self,
         path: &std::path::Path,
         offset: u64,
-        bytes: &[u8],
+        contents: &[Vec<u8>],
         sync: bool,
-        hold: u64,
+        pause: u64,
     ) -> io::Result<()> {
         if self.process.is_none() {
             let mut child = Command::new("python3")
@@ -323,9 +342,9 @@ impl Mapper {
             self.process = Some((child, input, output));
         }
         let (_, input, output) = self.process.as_mut().unwrap();
-        let hex = hex(bytes);
+        let contents: Vec<String> = contents.iter().map(|bytes| hex(bytes)).collect();
         let task = serde_json::json!({
-            "path": path, "offset": offset, "hex": hex, "sync": sync, "hold": hold,
+            "path": path, "offset": offset, "contents": contents, "sync": sync, "pause": pause,
         });
         let mut answer = String::new();
         let told = writeln!(input, "{task}").and_then(|()| output.read_line(&mut answer));

@@ -16,7 +16,7 @@ use vmafx_bypass::BypassFile;
 
 use crate::fuse::{self, Way};
 use crate::journal::now;
-use crate::judge::{Verdict, View, Wrong, judge};
+use crate::judge::{Subject, Verdict, View, Wrong, judge};
 use crate::random::Random;
 
 /// How long FUSE may account for a read after it: these pauses in turn, ms.
@@ -50,6 +50,12 @@ pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
         return random.of(group);
     }
     Random::new(now() / 1_000_000 / HOT_MS).of(group)
+}
+
+/// Where a file of this size is changed, and read, more than elsewhere just now.
+pub fn hot_place(size: u64, random: &mut Random) -> u64 {
+    let place = Random::new(now() / 1_000_000 / HOT_MS + 1).below(size.max(1));
+    place.saturating_sub(random.below(4_096)) + random.below(4_096)
 }
 
 /// What a process of readers is to do.
@@ -104,6 +110,8 @@ pub struct Suspect {
     pub before: u64,
     pub read: [u64; 2],
     pub way: String,
+    /// The version that FUSE had shown elsewhere in the file; 0: not asked.
+    pub floor: u32,
     pub state: String,
     pub wrong: Vec<Wrong>,
     pub more_wrong: usize,
@@ -324,7 +332,7 @@ impl Reader<'_> {
         );
         self.doing(format!("fuse before: {what}"));
         let start = now();
-        let (way, before) = self.before(session, offset, length);
+        let (way, before, floor) = self.before(session, file, offset, length);
         // Often at once; sometimes later than any look that is kept.
         if self.random.one_in(12) {
             thread::sleep(Duration::from_millis(self.random.below(1_300)));
@@ -358,11 +366,23 @@ impl Reader<'_> {
         for one in taken {
             self.tally.reads += 1;
             self.tally.bytes += one.view.bytes.len() as u64;
-            self.judge(session, before.as_ref(), one, after.as_ref(), |suspect| {
-                suspect.before = start;
-                way.clone_into(&mut suspect.way);
-                suspect.state.clone_from(&state);
-            });
+            let subject = Subject {
+                file: session.clip.file,
+                floor,
+            };
+            self.judge(
+                session,
+                subject,
+                before.as_ref(),
+                one,
+                after.as_ref(),
+                |suspect| {
+                    suspect.before = start;
+                    suspect.floor = floor;
+                    way.clone_into(&mut suspect.way);
+                    suspect.state.clone_from(&state);
+                },
+            );
         }
     }
 
@@ -375,9 +395,10 @@ impl Reader<'_> {
             2 => 4_096 << self.random.below(6),
             _ => self.random.between(8_192, 400_000),
         };
-        let offset = match self.random.below(6) {
-            0 => size.saturating_sub(self.random.below(2 * length)),
-            1 => self.random.below(size) & !4_095,
+        let offset = match self.random.below(8) {
+            0..=3 => hot_place(size, &mut self.random).saturating_sub(self.random.below(length)),
+            4 => size.saturating_sub(self.random.below(2 * length)),
+            5 => self.random.below(size) & !4_095,
             _ => self.random.below(size),
         };
         (offset, length as usize)
@@ -393,17 +414,33 @@ impl Reader<'_> {
         (offset + skip, part as usize)
     }
 
-    fn before(&mut self, session: &Session, offset: u64, length: usize) -> (String, Option<View>) {
+    /// Asks FUSE: how, what it says of the range, and the version that no byte
+    /// may be older than.
+    fn before(
+        &mut self,
+        session: &Session,
+        file: &BypassFile,
+        offset: u64,
+        length: usize,
+    ) -> (String, Option<View>, u32) {
         // What programs store in shared mappings shows in the page cache first.
         if self.task.writable
-            && self.random.one_in(3)
+            && self.random.one_in(2)
             && let Some(held) = &session.held
         {
-            return ("held".into(), fuse::read_from(held, offset, length).ok());
+            return ("held".into(), fuse::read_from(held, offset, length).ok(), 0);
         }
         let way = *self.random.of(&[Way::Direct, Way::Fresh]);
+        // Files that change as a whole: a byte elsewhere tells the version, and
+        // rclone need not have fetched the range when it is read past FUSE.
+        if !self.task.writable && self.random.one_in(2) {
+            let place = self.random.below(file.size().unwrap_or(1).max(1));
+            let view = fuse::read(&session.path, way, place, 1).ok();
+            let floor = view.and_then(|view| view.newest()).unwrap_or(0);
+            return (format!("{way:?} at {place}, version {floor}"), None, floor);
+        }
         let view = fuse::read(&session.path, way, offset, length).ok();
-        (format!("{way:?}"), view)
+        (format!("{way:?}"), view, 0)
     }
 
     /// Small reads in a row, by position.
@@ -480,13 +517,13 @@ impl Reader<'_> {
     fn judge(
         &mut self,
         session: &Session,
+        subject: Subject,
         before: Option<&View>,
         one: Taken,
         after: Option<&View>,
         complete: impl FnOnce(&mut Suspect),
     ) {
-        let file = session.clip.file;
-        let verdict = judge(file, before, &one.view, after);
+        let verdict = judge(subject, before, &one.view, after);
         let Verdict::Wrong(mut wrong) = verdict else {
             self.tally.right += 1;
             return;
@@ -497,7 +534,7 @@ impl Reader<'_> {
         }
         self.doing(format!("judging {}", session.clip.name));
         let accounts = |later: io::Result<View>| {
-            later.is_ok_and(|l| judge(file, before, &one.view, Some(&l)) == Verdict::Right)
+            later.is_ok_and(|l| judge(subject, before, &one.view, Some(&l)) == Verdict::Right)
         };
         let (offset, length) = (one.view.offset, one.view.asked);
         for pause in REPEATS_MS {
