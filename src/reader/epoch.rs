@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -248,11 +248,14 @@ impl Epoch {
     }
 
     fn check_metadata(&self) -> Result<(), Refusal> {
-        let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
-        if !metadata.unchanged() {
+        if !self.lock_metadata().unchanged() {
             return Err(changed("has new metadata"));
         }
         Ok(())
+    }
+
+    fn lock_metadata(&self) -> MutexGuard<'_, MetadataFile> {
+        self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fills the buffer from the data file. On a writable mount, what programs
@@ -274,7 +277,9 @@ impl Epoch {
             return Ok(Outcome::Fuse(length, Reason::Dirty));
         }
         self.pread(buffer, offset)?;
-        self.check_metadata()?;
+        if !self.lock_metadata().unchanged_in_place() {
+            return Err(changed("has new metadata"));
+        }
         if unwritten()? {
             return Ok(Outcome::Fuse(length, Reason::Dirty));
         }
