@@ -3,14 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,14 +17,13 @@ use vmafx_bypass::rig::{Rig, RigOptions};
 use crate::cells::content;
 use crate::journal::{Effects, Journal};
 use crate::mutate::{MOUNT_KINDS, REMOTE_KINDS, World};
+use crate::processes::{PATIENCE, Readers, Watchdog};
 use crate::random::Random;
-use crate::reader::{Clip, Suspect, Tally, Task, Told};
+use crate::told::{Clip, Suspect, Tally, Task};
 
 /// Processes of readers for each mount, and threads in each.
 const PROCESSES: u64 = 2;
 const THREADS: u64 = 3;
-/// How long readers may take to end.
-const PATIENCE: Duration = Duration::from_secs(25);
 /// How much longer than asked for it goes on where a kind of mutation has not
 /// happened yet: on a busy machine.
 const EXTENSION: Duration = Duration::from_secs(60);
@@ -36,8 +32,6 @@ const REMOUNT: &str = "graceful remount";
 /// Clips live in a folder, which is not there while nothing is mounted: what is
 /// written then must not land below the mount.
 const FOLDER: &str = "clips";
-/// The variable by which a process of readers gets its task.
-pub const TASK: &str = "TORTURE_TASK";
 
 /// Everything is noticed, dropped and fetched soon, and in small pieces.
 const ARGUMENTS: [&str; 8] = [
@@ -178,13 +172,14 @@ fn mount(variant: &Variant, cast: &Cast, folder: &Path, seed: u64) -> (Rig, Worl
 
 /// Tortures one mount for a while.
 pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
-    let _watchdog = Watchdog::start(variant.title(), lasts + EXTENSION + 8 * PATIENCE);
+    let watchdog = Watchdog::start(variant.title(), lasts + EXTENSION + 3 * PATIENCE);
     let folder = tempfile::Builder::new()
         .prefix("vmafx-torture-")
         .tempdir()
         .unwrap();
     let cast = Cast::new();
     let (mut rig, world) = mount(variant, &cast, folder.path(), seed);
+    watch(&watchdog.daemon, &rig);
     let steady = &cast.quiet[1].name;
     rig.cache_whole(&Path::new(FOLDER).join(steady)).unwrap();
     let file = BypassFile::open(world.folder.join(steady)).unwrap();
@@ -212,7 +207,8 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
         if let Some(by_mount) = groups.get(1) {
             scope.spawn(move || world.change_by_mount(by_mount, spare, seed ^ 0xb));
         }
-        let keeper = scope.spawn(|| keep(&mut rig, world, &cast.quiet, lasts));
+        let daemon = &*watchdog.daemon;
+        let keeper = scope.spawn(|| keep(&mut rig, world, daemon, &cast.quiet, lasts));
         let title = title.as_str();
         // They read until these are closed.
         let inputs: Vec<_> = readers.iter_mut().map(|r| r.child.stdin.take()).collect();
@@ -238,6 +234,7 @@ pub fn torture(variant: &Variant, lasts: Duration, seed: u64) -> Outcome {
         world.stop.store(true, Ordering::Relaxed);
         keeper.join().unwrap();
     });
+    findings.extend(watchdog.told.try_iter());
     Outcome {
         title,
         read_only: variant.read_only,
@@ -264,8 +261,13 @@ fn knows(rclone: &Path, option: &str) -> bool {
     String::from_utf8_lossy(&help).contains(option)
 }
 
+/// Tells the watchdog which daemon is the arena's at the moment.
+fn watch(daemon: &AtomicU32, rig: &Rig) {
+    daemon.store(rig.daemon().unwrap_or_default(), Ordering::Relaxed);
+}
+
 /// Kills and restarts rclone, remounts in good order, and counts evictions.
-fn keep(rig: &mut Rig, world: &World, quiet: &[Clip], lasts: Duration) {
+fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts: Duration) {
     // Thrice in a short run, and every ten seconds in a long one.
     let every = (lasts / 4).min(Duration::from_secs(10));
     let mut next = Instant::now() + every;
@@ -287,7 +289,9 @@ fn keep(rig: &mut Rig, world: &World, quiet: &[Clip], lasts: Duration) {
                     rig.kill_daemon();
                 }
                 rig.unmount();
-                rig.mount()
+                let mounted = rig.mount();
+                watch(daemon, rig);
+                mounted
             })
             .expect("rclone must mount again");
         next = Instant::now() + every;
@@ -326,93 +330,7 @@ fn inodes_below(folder: &Path) -> HashMap<String, u64> {
     found
 }
 
-/// A process of readers.
-struct Readers {
-    child: Child,
-    told: Receiver<Told>,
-}
-
-impl Readers {
-    fn start(task: &Task) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "readers", "--nocapture", "--test-threads=1"])
-            .env(TASK, serde_json::to_string(task).unwrap())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let (send, told) = channel();
-        thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                // Other lines are the test harness's.
-                if let Ok(one) = serde_json::from_str(&line)
-                    && send.send(one).is_err()
-                {
-                    break;
-                }
-            }
-        });
-        Self { child, told }
-    }
-
-    /// Takes what it tells until it ends: what it did, how many suspects the
-    /// journal excuses, and the findings.
-    fn follow(self, world: &World, title: &str) -> (Tally, u64, Vec<String>) {
-        let mut doing: BTreeMap<u64, String> = BTreeMap::new();
-        let (mut excused, mut findings) = (0, Vec::new());
-        loop {
-            let ended = match self.told.recv_timeout(PATIENCE) {
-                Ok(Told::Doing(thread, what)) => {
-                    doing.insert(thread, what);
-                    continue;
-                }
-                Ok(Told::Suspect(suspect)) => {
-                    if world.journal.excuses(&suspect) {
-                        excused += 1;
-                    } else {
-                        findings.push(describe(title, &suspect, world));
-                    }
-                    continue;
-                }
-                Ok(Told::Done(tally)) => return (*tally, excused, findings),
-                Err(RecvTimeoutError::Timeout) => "hang",
-                Err(RecvTimeoutError::Disconnected) => "died",
-            };
-            let waits = waits(self.child.id());
-            findings.push(format!("{title}: readers {ended}: {doing:?}; in {waits:?}"));
-            return (Tally::default(), excused, findings);
-        }
-    }
-}
-
-impl Drop for Readers {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        // One that waits in the kernel for a daemon that does not answer ends
-        // with the mount, after this.
-        for _ in 0..50 {
-            if !matches!(self.child.try_wait(), Ok(None)) {
-                break;
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-/// Where in the kernel the threads of a process wait.
-fn waits(pid: u32) -> Vec<String> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    let of = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("wchan")).ok();
-    threads
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(of)
-        .collect()
-}
-
-fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
+pub fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
     let ms = |at: u64| (at as f64 - suspect.read[0] as f64) / 1e6;
     let mut text = format!(
         "{title}: {} at {} +{}: FUSE does not account for what {:?} read\n  \
@@ -454,52 +372,4 @@ fn describe(title: &str, suspect: &Suspect, world: &World) -> String {
         world.journal.tail(suspect)
     );
     text
-}
-
-/// As a process of readers: does the task until standard input is closed, tells
-/// it on standard output, and ends itself where nothing moves any more.
-pub fn be_readers(task: Task) {
-    let (send, told) = channel();
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = stop.clone();
-    // What hangs in the kernel cannot be joined: it ends with the process.
-    thread::spawn(move || crate::reader::run(&task, &stopped, &send));
-    thread::spawn(move || {
-        // Whatever it returns: nobody wants more.
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
-        stop.store(true, Ordering::Relaxed);
-    });
-    // The harness has begun a line.
-    println!();
-    loop {
-        // After its parent, which tells what it saw.
-        let Ok(one) = told.recv_timeout(2 * PATIENCE) else {
-            std::process::exit(1);
-        };
-        let mut out = std::io::stdout().lock();
-        let line = serde_json::to_string(&one).unwrap();
-        // The one who reads it has gone: nothing is left to do.
-        if writeln!(out, "{line}").is_err() || matches!(one, Told::Done(_)) {
-            return;
-        }
-    }
-}
-
-/// Ends the whole test where an arena hangs, in the kernel or by a fault of
-/// its own, until it is dropped.
-struct Watchdog {
-    _alive: Sender<()>,
-}
-
-impl Watchdog {
-    fn start(title: String, after: Duration) -> Self {
-        let (alive, ended) = channel::<()>();
-        thread::spawn(move || {
-            if ended.recv_timeout(after) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("{title}: hangs; giving up");
-                std::process::exit(101);
-            }
-        });
-        Self { _alive: alive }
-    }
 }

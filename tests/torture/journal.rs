@@ -11,7 +11,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::cells::{CELL, Stamp, content, hex};
 use crate::judge::{Fault, Wrong};
-use crate::reader::Suspect;
+use crate::told::Suspect;
 
 /// Mutations that are kept: far more than a read can overlap with.
 const KEPT: usize = 4_000;

@@ -13,8 +13,10 @@ mod judge;
 #[cfg(test)]
 mod judge_tests;
 mod mutate;
+mod processes;
 mod random;
 mod reader;
+mod told;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -194,12 +196,12 @@ fn check(outcome: &Outcome, faults: &mut String) {
 /// What a process of readers is; by itself, the readers on a folder of files.
 #[test]
 fn readers() {
-    if let Ok(task) = std::env::var(arena::TASK) {
-        arena::be_readers(serde_json::from_str(&task).unwrap());
+    if let Ok(task) = std::env::var(processes::TASK) {
+        processes::be_readers(serde_json::from_str(&task).unwrap());
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let clip = reader::Clip {
+    let clip = told::Clip {
         name: "clip".into(),
         file: 1,
         dozes: false,
@@ -214,7 +216,7 @@ fn readers() {
     )
     .unwrap();
     let (send, told) = std::sync::mpsc::channel();
-    let task = reader::Task {
+    let task = told::Task {
         folder: folder.path().into(),
         clips: vec![clip],
         groups: Vec::new(),
@@ -230,9 +232,9 @@ fn readers() {
         stop.store(true, Ordering::Relaxed);
     });
     let tally = told.iter().find_map(|one| match one {
-        reader::Told::Done(tally) => Some(tally),
-        reader::Told::Suspect(suspect) => panic!("{suspect:?}"),
-        reader::Told::Doing(..) => None,
+        told::Told::Done(tally) => Some(tally),
+        told::Told::Suspect(suspect) => panic!("{suspect:?}"),
+        told::Told::Doing(..) => None,
     });
     let tally = tally.expect("readers must tell what they did");
     assert!(tally.reads > 0 && tally.right == tally.reads, "{tally:?}");

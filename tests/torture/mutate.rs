@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime};
 use crate::cells::{Stamp, content, hex};
 use crate::journal::{Effects, Journal};
 use crate::random::Random;
-use crate::reader::{Clip, hot, hot_place};
+use crate::reader::{hot, hot_place};
+use crate::told::Clip;
 
 const KIB: u64 = 1 << 10;
 /// Sizes of clips, bytes.

@@ -1,7 +1,6 @@
 //! Readers: threads that read clips past FUSE in every way, and judge each
 //! read by FUSE. They run in processes of their own.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::PathBuf;
@@ -11,13 +10,13 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use vmafx_bypass::BypassFile;
 
 use crate::fuse::{self, Way};
 use crate::journal::now;
-use crate::judge::{Subject, Verdict, View, Wrong, judge};
+use crate::judge::{Subject, Verdict, View, judge};
 use crate::random::Random;
+use crate::told::{Clip, Kind, Suspect, Tally, Task, Told};
 
 /// How long FUSE may account for a read after it: these pauses in turn, ms.
 const REPEATS_MS: [u64; 5] = [0, 50, 200, 500, 1_200];
@@ -35,14 +34,13 @@ const DOZE_MS: u64 = 6_000;
 /// Findings of a read that are told.
 const TOLD: usize = 8;
 
-/// A clip that readers read.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Clip {
-    pub name: String,
-    pub file: u16,
-    /// Nobody reads it for half of the time: long enough for rclone to evict it.
-    pub dozes: bool,
-}
+const KINDS: [Kind; 5] = [
+    Kind::OpenClose,
+    Kind::Held,
+    Kind::Sequential,
+    Kind::Shared,
+    Kind::FromFd,
+];
 
 /// The clip of a group that is changed, and read, more than others just now.
 pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
@@ -56,121 +54,6 @@ pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
 pub fn hot_place(size: u64, random: &mut Random) -> u64 {
     let place = Random::new(now() / 1_000_000 / HOT_MS + 1).below(size.max(1));
     place.saturating_sub(random.below(4_096)) + random.below(4_096)
-}
-
-/// What a process of readers is to do.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Task {
-    pub folder: PathBuf,
-    pub clips: Vec<Clip>,
-    /// Those that a mutator changes, a group for each.
-    pub groups: Vec<Vec<Clip>>,
-    pub seed: u64,
-    pub threads: u64,
-    /// Whether clips are also written through the mount.
-    pub writable: bool,
-}
-
-/// A way to read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// `read_at`, the file opened for a read or two.
-    OpenClose,
-    /// `read_at`, the file held for seconds.
-    Held,
-    /// `Read` and `Seek`, small and sequential, by the buffer.
-    Sequential,
-    /// Threads that share one file.
-    Shared,
-    /// A descriptor that somebody else has opened.
-    FromFd,
-}
-
-const KINDS: [Kind; 5] = [
-    Kind::OpenClose,
-    Kind::Held,
-    Kind::Sequential,
-    Kind::Shared,
-    Kind::FromFd,
-];
-
-/// A read that FUSE does not account for.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Suspect {
-    pub clip: String,
-    pub kind: Option<Kind>,
-    pub seed: u64,
-    pub offset: u64,
-    pub asked: usize,
-    pub read_bytes: usize,
-    /// Bytes that the file took from the cache meanwhile.
-    pub cache_bytes: u64,
-    /// When the FUSE read before it began, and when it began and ended, ns.
-    pub before: u64,
-    pub read: [u64; 2],
-    pub way: String,
-    /// The version that FUSE had shown elsewhere in the file; 0: not asked.
-    pub floor: u32,
-    pub state: String,
-    pub wrong: Vec<Wrong>,
-    pub more_wrong: usize,
-}
-
-/// What readers did.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Tally {
-    pub reads: u64,
-    pub bytes: u64,
-    pub cache_bytes: u64,
-    pub cache_bytes_by_kind: BTreeMap<String, u64>,
-    pub fuse_bytes_by_reason: BTreeMap<String, u64>,
-    /// Refusals that a file was opened with.
-    pub refused_opens: BTreeMap<String, u64>,
-    pub opens: u64,
-    /// Errors that the bypassed file returned, as FUSE may at any time.
-    pub errors: BTreeMap<String, u64>,
-    /// Right at once; a later read of FUSE, or one by an older descriptor,
-    /// accounted for it; FUSE had nothing but errors.
-    pub right: u64,
-    pub right_later: u64,
-    pub unjudged: u64,
-    /// Not accounted for, but nothing in it came from the cache: FUSE's own.
-    pub fuse_alone: u64,
-    pub suspects: u64,
-}
-
-impl Tally {
-    pub fn add(&mut self, other: Self) {
-        let sum = |to: &mut BTreeMap<String, u64>, from: BTreeMap<String, u64>| {
-            for (key, n) in from {
-                *to.entry(key).or_default() += n;
-            }
-        };
-        self.reads += other.reads;
-        self.bytes += other.bytes;
-        self.cache_bytes += other.cache_bytes;
-        sum(&mut self.cache_bytes_by_kind, other.cache_bytes_by_kind);
-        sum(&mut self.fuse_bytes_by_reason, other.fuse_bytes_by_reason);
-        sum(&mut self.refused_opens, other.refused_opens);
-        self.opens += other.opens;
-        sum(&mut self.errors, other.errors);
-        self.right += other.right;
-        self.right_later += other.right_later;
-        self.unjudged += other.unjudged;
-        self.fuse_alone += other.fuse_alone;
-        self.suspects += other.suspects;
-    }
-}
-
-/// What a process of readers tells, a line each.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Told {
-    /// A thread is about to do this: what it hangs in, if nothing follows.
-    Doing(u64, String),
-    Suspect(Box<Suspect>),
-    Done(Box<Tally>),
 }
 
 /// Reads until it is to stop.
