@@ -165,6 +165,7 @@ impl Drop for Coarse {
 
 #[test]
 fn metadata_of_two_versions_is_none() {
+    const COUNT: u64 = 5_000;
     need_root();
     let folder = tempfile::tempdir().unwrap();
     let coarse = Coarse::mount(folder.path());
@@ -173,7 +174,6 @@ fn metadata_of_two_versions_is_none() {
     let path = folders.metadata_path(Path::new(CLIP));
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     // Of equal size; a mixture of both would parse.
-    const COUNT: u64 = 5_000;
     let version = |length: u64| {
         let ranges: Vec<String> = (0..COUNT)
             .map(|i| format!("{{\"Pos\":{},\"Size\":{length}}}", 1_000_000 + i * 10))

@@ -35,6 +35,31 @@ fn every_gate_is_documented() {
     assert_eq!(table("Gates"), gates);
 }
 
+#[test]
+fn every_kind_of_mount_names_a_test_that_exists() {
+    let tests = [
+        TESTS,
+        include_str!("discovery.rs"),
+        include_str!("discovery2.rs"),
+        include_str!("discovery_rcd.rs"),
+        include_str!("../src/cache/rclone/names.rs"),
+        include_str!("../src/cache/rclone/daemon.rs"),
+    ]
+    .concat();
+    let start = REFERENCE.find("## Which mounts are bypassed").unwrap();
+    let section = REFERENCE[start..].split("\n## ").next().unwrap();
+    let rows = section.lines().filter(|l| l.starts_with("| ")).skip(2);
+    let mut names = 0;
+    for row in rows {
+        let cell = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for name in cell.split('`').skip(1).step_by(2) {
+            assert!(tests.contains(&format!("fn {name}()")), "{name}");
+            names += 1;
+        }
+    }
+    assert!(names >= 25);
+}
+
 #[cfg(feature = "ebpf")]
 #[test]
 fn every_loss_is_documented() {

@@ -6,9 +6,11 @@
 
 mod daemon;
 mod facts;
+mod hidden;
 mod locate;
 mod metadata;
 mod names;
+mod sharing;
 
 pub use daemon::Daemon;
 pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};

@@ -1,6 +1,8 @@
 //! What the tests share: rclone mounts, the program, and clips that can be judged.
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
+pub mod alike;
+
 pub mod clips;
 
 pub mod fds;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use crate::mounts::Mount;
+use crate::mounts::{Mount, MountTable};
 use crate::reason::{Reason, Refusal};
 use crate::sys::{parent, start_time};
 
@@ -73,7 +73,9 @@ impl Daemon {
         let mut hidden = 0;
         for &pid in &pids {
             match fuse_connections(pid) {
-                Ok(connections) if connections.contains(&mount.dev.minor()) => found.push(pid),
+                Ok(connections) if connections.contains(&Some(mount.dev.minor())) => {
+                    found.push(pid);
+                }
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => hidden += 1,
                 Err(e) if exited(&e) => {}
@@ -107,6 +109,25 @@ impl Daemon {
             ));
         }
         Ok(found.into_iter().filter_map(Self::new).collect())
+    }
+
+    /// The FUSE connections that it serves, as minor device numbers; `None` for
+    /// one of which the kernel does not say which it is.
+    pub(super) fn connections(&self) -> io::Result<Vec<Option<u32>>> {
+        fuse_connections(self.pid)
+    }
+
+    /// The paths of what it has open.
+    pub(super) fn open_files(&self) -> io::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid))?.flatten();
+        Ok(entries
+            .filter_map(|fd| fs::read_link(fd.path()).ok())
+            .collect())
+    }
+
+    /// Its own mount table: that of its mount namespace.
+    pub(super) fn mounts(&self) -> io::Result<MountTable> {
+        fs::read(format!("/proc/{}/mountinfo", self.pid)).map(|bytes| MountTable::parse(&bytes))
     }
 
     /// Whether this is a child of `other` that has not become another program
@@ -177,6 +198,43 @@ impl Start {
         (!value.is_empty()).then(|| value.clone())
     }
 
+    /// Whether a flag that takes no value may be on.
+    pub(super) fn is_on(&self, name: &str) -> bool {
+        let flag = format!("--{name}");
+        self.arguments.iter().any(|a| a == flag.as_str())
+            || self.option(name).is_some_and(|value| value != "false")
+    }
+
+    /// Whether it can have been told to serve anything but one mount, now or later.
+    pub(super) fn may_serve_more(&self) -> bool {
+        self.environ.is_none() || self.is_on("rc") || !is_mounting_rclone(&self.arguments)
+    }
+
+    /// Whether it is certain that RCLONE_DEVNAME is not what a mount's source
+    /// shows: the arguments name the same remote, where the environment is closed.
+    pub(super) fn tells_devname(&self, name: &[u8]) -> bool {
+        self.environ.is_some() || self.remotes().any(|remote| remote == name)
+    }
+
+    /// The arguments after the program's name.
+    pub(super) fn arguments(&self) -> Vec<&OsStr> {
+        self.arguments
+            .iter()
+            .skip(1)
+            .map(OsString::as_os_str)
+            .collect()
+    }
+
+    /// A path among the arguments, absolute.
+    pub(super) fn resolve(&self, path: &OsStr) -> PathBuf {
+        normalize(&self.working_folder().join(path))
+    }
+
+    /// The working folder; empty where it may not be read.
+    pub(super) fn working_folder(&self) -> &Path {
+        self.folder.as_deref().unwrap_or(Path::new(""))
+    }
+
     /// The names of remotes among the arguments, without connection strings
     /// and hashes: `web` of `web:sub` and of `web,opt=1:`, `:http` of `:http,url=…:`.
     pub(super) fn remotes(&self) -> impl Iterator<Item = &[u8]> {
@@ -207,6 +265,13 @@ impl Start {
         } else if self.environ.is_none() {
             return Err(hidden("environment"));
         } else if let Some(base) = self.variable("XDG_CACHE_HOME") {
+            if !Path::new(&base).is_absolute() {
+                // Go's os.UserCacheDir took it at first, and later does not.
+                return Err(Refusal::new(
+                    Reason::Unsupported,
+                    "the daemon's XDG_CACHE_HOME is relative, which rclone's versions read differently",
+                ));
+            }
             PathBuf::from(base).join("rclone")
         } else if let Some(home) = self.variable("HOME") {
             PathBuf::from(home).join(".cache/rclone")
@@ -233,7 +298,7 @@ pub(super) fn base_name(name: &[u8]) -> &[u8] {
 }
 
 /// Resolves `.` and `..` by the text alone, as Go's filepath.Clean does.
-fn normalize(path: &Path) -> PathBuf {
+pub(super) fn normalize(path: &Path) -> PathBuf {
     use std::path::Component;
     let mut out = PathBuf::new();
     for component in path.components() {
@@ -266,8 +331,9 @@ fn exited(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
 }
 
-/// The FUSE connections (minor device numbers) whose `/dev/fuse` a process holds.
-fn fuse_connections(pid: u32) -> io::Result<Vec<u32>> {
+/// The FUSE connections (minor device numbers) whose `/dev/fuse` a process holds;
+/// `None` where the kernel does not say which.
+fn fuse_connections(pid: u32) -> io::Result<Vec<Option<u32>>> {
     let mut connections = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         let target = match fs::read_link(entry.path()) {
@@ -280,7 +346,7 @@ fn fuse_connections(pid: u32) -> io::Result<Vec<u32>> {
                 Err(e) if exited(&e) => continue,
                 info => info?,
             };
-            connections.extend(info.lines().filter_map(|line| {
+            connections.push(info.lines().find_map(|line| {
                 let number = line.strip_prefix("fuse_connection:")?;
                 number.trim().parse::<u32>().ok()
             }));
@@ -337,8 +403,14 @@ pub(super) fn all_rclones() -> Result<Vec<Daemon>, Refusal> {
     let failed = |what: &str, e: &io::Error| Refusal::from_io(what, e, Reason::IoError);
     let mut found = Vec::new();
     for pid in pids().map_err(|e| failed("`/proc`", &e))? {
+        match program_of(pid) {
+            Ok(name) if !named_like_rclone(&name) => continue,
+            Ok(_) => {}
+            Err(e) if exited(&e) => continue,
+            Err(e) => return Err(failed(&format!("name of pid {pid}"), &e)),
+        }
         match arguments(pid) {
-            Ok(arguments) if !looks_like_rclone(&arguments) => {}
+            Ok(arguments) if !named_like_rclone(program_name(&arguments)) => {}
             Ok(_) => match Daemon::new(pid) {
                 Some(daemon) => found.push(daemon),
                 None if !Path::new(&format!("/proc/{pid}")).exists() => {}
@@ -354,17 +426,30 @@ pub(super) fn all_rclones() -> Result<Vec<Daemon>, Refusal> {
     Ok(found)
 }
 
+/// By its program's file first: the arguments of a process that waits for a
+/// page of a hung mount cannot be read before it has it.
 fn is_rclone(pid: u32) -> bool {
-    arguments(pid).is_ok_and(|arguments| looks_like_rclone(&arguments))
+    program_of(pid).is_ok_and(|name| named_like_rclone(&name)) && has_rclones_arguments(pid)
 }
 
-fn looks_like_rclone(arguments: &[OsString]) -> bool {
-    let name = program_name(arguments);
-    name.starts_with(b"rclone") || name == b"mount.rclone"
+/// The name of a process's program, its first 15 bytes.
+fn program_of(pid: u32) -> io::Result<Vec<u8>> {
+    fs::read(format!("/proc/{pid}/comm"))
+}
+
+fn named_like_rclone(name: &[u8]) -> bool {
+    name.starts_with(b"rclone") || name.trim_ascii_end() == b"mount.rclone"
+}
+
+fn has_rclones_arguments(pid: u32) -> bool {
+    arguments(pid).is_ok_and(|arguments| named_like_rclone(program_name(&arguments)))
 }
 
 /// Whether a process looks like `rclone mount … POINT`.
 fn serves_by_arguments(pid: u32, point: &Path) -> bool {
+    if !is_rclone(pid) {
+        return false;
+    }
     let Ok(arguments) = arguments(pid) else {
         return false;
     };
@@ -420,6 +505,10 @@ mod tests {
         ] {
             assert_eq!(got.unwrap(), Path::new(expected));
         }
+        assert_eq!(
+            folder(&["r"], Some(b"XDG_CACHE_HOME=x\0HOME=/h\0"), Some("/w")),
+            Err(Reason::Unsupported)
+        );
         assert_eq!(folder(&["r"], None, None), Err(Reason::Permission));
         assert_eq!(
             folder(&["r", "--cache-dir", "c"], none, None),

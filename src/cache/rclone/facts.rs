@@ -167,6 +167,8 @@ impl View {
         let fuse = trail.step(Gate::Identity, fuse, |fuse| {
             format!("{shown} is inode {}", fuse.ino())
         })?;
+        let listed = names::check_listed(clip.path, clip.inside);
+        trail.failure(Gate::Identity, listed)?;
         let path = clip.located.folders.data_path(clip.inside);
         let opened = open_data(clip.located, clip.inside);
         let (data, held) = trail.step(Gate::DataFile, opened, |(_, held)| {
@@ -300,8 +302,18 @@ enum Held {
 /// Looks for the data file among the daemon's descriptors: below a `vfs`
 /// folder of the mount's own cache folder, whatever symlinks led there. Several
 /// descriptors of one inode count as one.
+///
+/// Where the mount's source hides the remote, the folder below `vfs` is not
+/// certain: any file there that ends in the clip's path may be the one, so that
+/// there must be no other.
 fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
-    let tail = located.folders.tail(inside);
+    let folders = &located.folders;
+    let tail = folders.tail(inside);
+    let end = if folders.is_hidden() {
+        names::in_cache(inside)
+    } else {
+        tail.clone()
+    };
     let mut found: Option<(File, (u64, u64))> = None;
     for entry in fs::read_dir(format!("/proc/{}/fd", located.daemon.pid))?.flatten() {
         let target = match fs::read_link(entry.path()) {
@@ -310,10 +322,15 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
             Err(_) => continue,
             Ok(target) => target,
         };
-        let Some((cache, deleted)) = split_tail(&target, &tail) else {
+        let Some((folder, deleted)) = split_tail(&target, &end) else {
             continue;
         };
-        if !located.folders.is_cache(&cache) {
+        let is_data = if folders.is_hidden() {
+            folders.is_in_data_tree(&folder)
+        } else {
+            folders.is_cache(&folder)
+        };
+        if !is_data {
             continue;
         }
         if deleted {
@@ -327,6 +344,10 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         };
         if fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))? != target {
             continue;
+        }
+        // Another's that only ends like it; there is but one at the tail.
+        if split_tail(&target, &tail).is_none() {
+            return Ok(Held::Several);
         }
         let own = identity(&file.metadata()?);
         match &found {

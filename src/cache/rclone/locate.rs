@@ -1,8 +1,8 @@
 //! From a mount to its cache folders.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::daemon::{Daemon, Start, all_rclones, base_name};
-use super::names;
+use super::daemon::{Daemon, Start, base_name};
+use super::{hidden, names, sharing};
 use crate::cache::proof::MountFacts;
 use crate::mounts::{Dev, Mount, MountTable, split_source};
 use crate::reason::{Reason, Refusal};
@@ -29,6 +29,8 @@ pub struct Folders {
     cache: PathBuf,
     /// `<Name>/<Root>`, below `vfs` and `vfsMeta`, in the cache's encoding.
     remote: PathBuf,
+    /// Whether the mount's source does not say which remote it is.
+    hidden: bool,
 }
 
 impl Folders {
@@ -38,7 +40,31 @@ impl Folders {
             daemon_root: PathBuf::new(),
             cache,
             remote: remote_folder(mount),
+            hidden: false,
         }
+    }
+
+    /// The cache folder, as it can be opened here.
+    pub(super) fn cache_folder(&self) -> PathBuf {
+        under(&self.daemon_root, &self.cache)
+    }
+
+    /// The remote's folder in the cache, `<Name>/<Root>`.
+    pub(super) fn remote(&self) -> &Path {
+        &self.remote
+    }
+
+    /// Whether only what the daemon has open tells which file is the clip's.
+    pub(super) fn is_hidden(&self) -> bool {
+        self.hidden
+    }
+
+    /// Whether a path, in the daemon's eyes, is in the cache folder's data tree.
+    pub(super) fn is_in_data_tree(&self, path: &Path) -> bool {
+        let mut trees = path
+            .ancestors()
+            .filter(|a| a.file_name() == Some("vfs".as_ref()));
+        trees.any(|tree| tree.parent().is_some_and(|cache| self.is_cache(cache)))
     }
 
     /// The data file of a clip below the cache folder.
@@ -54,7 +80,7 @@ impl Folders {
 
     /// Whether a folder, in the daemon's eyes, is the cache folder.
     pub(super) fn is_cache(&self, folder: &Path) -> bool {
-        let own = identity(&under(&self.daemon_root, &self.cache));
+        let own = identity(&self.cache_folder());
         own.is_some() && identity(&under(&self.daemon_root, folder)) == own
     }
 
@@ -102,31 +128,179 @@ impl Located {
     pub fn find(mount: &Mount, table: &MountTable) -> Result<Self, Refusal> {
         let daemon = Daemon::find(mount)?;
         let start = start_of(&daemon)?;
-        if start.option("devname").is_some() {
-            return Err(Refusal::new(
-                Reason::Unsupported,
-                format!(
-                    "`{}`: --devname hides which remote pid {} mounts",
-                    mount.point.display(),
-                    daemon.pid
-                ),
-            ));
-        }
-        names::check(&name_and_root(mount))?;
-        let folders = Folders {
+        let mode = start.option("vfs-cache-mode");
+        let cache_mode_full = mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full"));
+        let mut folders = Folders {
             daemon_root: daemon.root(),
             ..Folders::new(mount, start.cache_folder()?)
         };
-        let cache = under(&folders.daemon_root, &folders.cache);
-        let mode = start.option("vfs-cache-mode");
+        check_connections(mount, table, &daemon)?;
+        if start.is_on("vfs-case-insensitive") {
+            let point = mount.point.display();
+            let detail = format!("`{point}`: --vfs-case-insensitive finds clips by other names");
+            return Err(Refusal::new(Reason::Unsupported, detail));
+        }
+        if start.option("devname").is_some() {
+            folders.hidden = true;
+            folders.remote = hidden_remote(mount, table, &daemon, &start, &folders)?;
+            if !cache_mode_full {
+                return Err(hidden_by_devname(
+                    mount,
+                    "and not all reads go through its cache",
+                ));
+            }
+        } else {
+            names::check(&name_and_root(mount))?;
+            check_source(mount, &folders)?;
+            if !start.tells_devname(first_name(&folders.remote)) {
+                return Err(Refusal::new(
+                    Reason::Permission,
+                    format!(
+                        "the environment of pid {} may not be read, and so not whether it hides its remote",
+                        daemon.pid
+                    ),
+                ));
+            }
+        }
         Ok(Self {
             read_only: mount.read_only,
-            shared_with: shares_cache(mount, table, &daemon, &cache)?,
-            cache_mode_full: mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full")),
+            shared_with: sharing::shares_cache(mount, table, &daemon, &folders)?,
+            cache_mode_full,
             folders,
             daemon,
         })
     }
+}
+
+/// A daemon may serve several mounts (`rclone rcd`). One that is not in our
+/// table, because it is in another namespace or was detached while in use, may
+/// be of the very remote that this one only says to be.
+fn check_connections(mount: &Mount, table: &MountTable, daemon: &Daemon) -> Result<(), Refusal> {
+    let Ok(connections) = daemon.connections() else {
+        // Then its descriptors may not be listed, and the path alone is left.
+        return Ok(());
+    };
+    let is_seen = |minor: u32| table.iter().any(|m| m.dev == Dev::new(0, minor));
+    let unseen = connections
+        .iter()
+        .flatten()
+        .filter(|&&c| !is_seen(c))
+        .count();
+    let unknown = connections.iter().filter(|c| c.is_none()).count();
+    if unseen == 0 && unknown <= 1 {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Reason::Ambiguous,
+        format!(
+            "`{}`: pid {} also serves mounts that are not seen here",
+            mount.point.display(),
+            daemon.pid
+        ),
+    ))
+}
+
+/// A source `a:b` is the remote `a:`, or a local folder that was mounted as
+/// `./a:b` (1.75): rclone has made a cache folder for whichever it is.
+fn check_source(mount: &Mount, folders: &Folders) -> Result<(), Refusal> {
+    let Some(local) = local_folder(mount) else {
+        return Ok(());
+    };
+    let local = folders.cache.join("vfs").join(local);
+    if !under(&folders.daemon_root, &local).exists() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Reason::Ambiguous,
+        format!(
+            "`{}`: `{}` may be a remote or the local folder of `{}`",
+            mount.point.display(),
+            Path::new(&mount.source).display(),
+            local.display()
+        ),
+    ))
+}
+
+/// The cache folder of a source that looks like a remote's, were it a local
+/// path; `None` where it cannot be one.
+pub(super) fn local_folder(mount: &Mount) -> Option<PathBuf> {
+    let (name, _) = split_source(&mount.source);
+    (name != "local" && !name.as_bytes().starts_with(b":"))
+        .then(|| names::in_cache(&Path::new("local").join(&mount.source)))
+}
+
+fn hidden_by_devname(mount: &Mount, what: &str) -> Refusal {
+    let point = mount.point.display();
+    let detail = format!("`{point}`: --devname hides which remote it is, {what}");
+    Refusal::new(Reason::Unsupported, detail)
+}
+
+/// The remote's folder in the cache, under `--devname`: where the daemon's
+/// arguments lead to a cache folder. Only for a daemon that serves this one
+/// mount and nothing else: all that it has open in the cache is then of it.
+fn hidden_remote(
+    mount: &Mount,
+    table: &MountTable,
+    daemon: &Daemon,
+    start: &Start,
+    folders: &Folders,
+) -> Result<PathBuf, Refusal> {
+    let open = daemon.connections().map_err(|e| {
+        let what = format_args!("descriptors of pid {}", daemon.pid);
+        Refusal::from_io(what, &e, Reason::IoError)
+    })?;
+    if open.len() != 1 || start.may_serve_more() {
+        return Err(hidden_by_devname(mount, "and its rclone may serve others"));
+    }
+    let points: Vec<&Path> = table
+        .iter()
+        .filter(|m| m.dev == mount.dev && m.root == Path::new("/"))
+        .map(|m| m.point.as_path())
+        .collect();
+    let arguments = start.arguments();
+    let is_point = |argument: &OsStr| points.contains(&start.resolve(argument).as_path());
+    let vfs = under(&folders.daemon_root, &folders.cache.join("vfs"));
+    let mut found = BTreeSet::new();
+    for remote in hidden::remotes(&arguments, is_point) {
+        let existing = hidden::folders(&vfs, remote, start.working_folder()).map_err(|e| {
+            Refusal::from_io(format_args!("`{}`", vfs.display()), &e, Reason::NoCacheFile)
+        })?;
+        found.extend(existing);
+    }
+    if found.len() > 1 {
+        // The same remote with and without options, or by two rclones in turn.
+        let open = daemon.open_files().map_err(|e| {
+            let what = format_args!("descriptors of pid {}", daemon.pid);
+            Refusal::from_io(what, &e, Reason::IoError)
+        })?;
+        let in_use = |remote: &PathBuf| {
+            let cache = open.iter().flat_map(|file| file.ancestors().skip(1));
+            let tail = Path::new("vfs").join(remote);
+            let mut parents = cache.filter_map(|a| strip_end(a, &tail));
+            parents.any(|parent| folders.is_cache(&parent))
+        };
+        found.retain(in_use);
+        if found.len() != 1 {
+            return Err(Refusal::new(
+                Reason::Ambiguous,
+                format!(
+                    "`{}`: --devname hides which of several cache folders is its own",
+                    mount.point.display()
+                ),
+            ));
+        }
+    }
+    found
+        .pop_first()
+        .ok_or_else(|| hidden_by_devname(mount, "and no argument leads to a cache folder"))
+}
+
+/// A path without the components at its end.
+fn strip_end(path: &Path, end: &Path) -> Option<PathBuf> {
+    let length = end.components().count();
+    path.ends_with(end)
+        .then(|| path.ancestors().nth(length).map(Path::to_path_buf))
+        .flatten()
 }
 
 /// What the proof's first gates are about, on the running kernel.
@@ -139,7 +313,7 @@ pub fn mount_facts(read_only: bool, shared_with: Option<String>) -> MountFacts {
     }
 }
 
-fn start_of(daemon: &Daemon) -> Result<Start, Refusal> {
+pub(super) fn start_of(daemon: &Daemon) -> Result<Start, Refusal> {
     daemon.start().map_err(|e| {
         Refusal::from_io(
             format_args!("arguments of pid {}", daemon.pid),
@@ -151,17 +325,17 @@ fn start_of(daemon: &Daemon) -> Result<Start, Refusal> {
 
 /// `<Name>/<Root>` of a mount's source, in rclone's Standard encoding; Root's
 /// own slashes at both ends go.
-fn name_and_root(mount: &Mount) -> PathBuf {
+pub(super) fn name_and_root(mount: &Mount) -> PathBuf {
     let (name, root) = split_source(&mount.source);
     Path::new(&name).join(root.strip_prefix("/").unwrap_or(&root))
 }
 
 /// The same in the cache's encoding.
-fn remote_folder(mount: &Mount) -> PathBuf {
+pub(super) fn remote_folder(mount: &Mount) -> PathBuf {
     names::in_cache(&name_and_root(mount))
 }
 
-fn under(root: &Path, path: &Path) -> PathBuf {
+pub(super) fn under(root: &Path, path: &Path) -> PathBuf {
     if root.as_os_str().is_empty() {
         path.to_path_buf()
     } else {
@@ -169,84 +343,14 @@ fn under(root: &Path, path: &Path) -> PathBuf {
     }
 }
 
-/// Which other rclone has the same remote in the same cache folder: one whose
-/// mount is seen here and whose folder in the cache lies in ours or ours in its,
-/// or any process that names the remote among its arguments (`serve`, or a
-/// mount in another namespace). One of which that cannot be said counts as one
-/// that does.
-///
-/// # Errors
-/// Where the question cannot be asked, which must not look like a no.
-fn shares_cache(
-    mount: &Mount,
-    table: &MountTable,
-    own: &Daemon,
-    cache: &Path,
-) -> Result<Option<String>, Refusal> {
-    let own_cache = match fs::metadata(cache) {
-        Ok(folder) => (folder.dev(), folder.ino()),
-        // Nothing to share; a later step tells.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => {
-            let what = format_args!("`{}`", cache.display());
-            return Err(Refusal::from_io(what, &e, Reason::IoError));
-        }
-    };
-    let same_cache = |daemon: &Daemon, start: &Start| {
-        let Ok(folder) = start.cache_folder() else {
-            return daemon.is_alive();
-        };
-        match fs::metadata(under(&daemon.root(), &folder)) {
-            Ok(other) => (other.dev(), other.ino()) == own_cache,
-            // Ours exists; a folder that does not is another's. Nor does a
-            // process share it that has exited meanwhile.
-            Err(e) => e.kind() != io::ErrorKind::NotFound && daemon.is_alive(),
-        }
-    };
-    // One that has exited shares nothing.
-    let started = |daemon: &Daemon| match start_of(daemon) {
-        Ok(start) => Ok(Some(start)),
-        Err(_) if !daemon.is_alive() => Ok(None),
-        Err(refusal) => Err(refusal),
-    };
-    let folder = remote_folder(mount);
-    for other in table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev) {
-        let its = remote_folder(other);
-        let overlaps = its.starts_with(&folder) || folder.starts_with(&its);
-        let point = other.point.display();
-        let servers = match Daemon::candidates(other) {
-            Ok(servers) => servers,
-            Err(refusal) if overlaps => return Ok(Some(format!("perhaps `{point}`: {refusal}"))),
-            Err(_) => continue,
-        };
-        // Of several that may serve it, each counts; and so does our own, which
-        // may keep two caches of one remote under different options.
-        for daemon in &servers {
-            if let Some(start) = started(daemon)?
-                && (overlaps || start.option("devname").is_some())
-                && same_cache(daemon, &start)
-            {
-                return Ok(Some(format!("pid {} at `{point}`", daemon.pid)));
-            }
-        }
-    }
-    let (name, _) = split_source(&mount.source);
-    let name = base_name(name.as_bytes());
-    for daemon in all_rclones()? {
-        if daemon != *own
-            && let Some(start) = started(&daemon)?
-            && start.remotes().any(|remote| remote == name)
-            && same_cache(&daemon, &start)
-            && !daemon.is_forked_from(own)
-        {
-            return Ok(Some(format!("pid {}", daemon.pid)));
-        }
-    }
-    Ok(None)
+/// The remote's name, without a hash, of its folder in the cache.
+pub(super) fn first_name(remote: &Path) -> &[u8] {
+    let name = remote.iter().next().unwrap_or_default();
+    base_name(name.as_bytes())
 }
 
 /// A folder's device and inode, by whichever path it is reached.
-fn identity(path: &Path) -> Option<(u64, u64)> {
+pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 

@@ -7,6 +7,7 @@
 //! by vfs/vfscache/cache.go `toOSPath`; the same in 1.60.1 and 1.75.0).
 
 use std::ffi::OsString;
+use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -67,6 +68,43 @@ pub(super) fn check(path: &Path) -> Result<(), Refusal> {
             path.display()
         ),
     ))
+}
+
+/// Refuses a path that rclone may have found under another name: what is not
+/// there byte for byte it looks up again by its Unicode normal form (vfs/dir.go
+/// `stat`, since 1.66 or so), and keeps under the name that the folder lists.
+/// `path` is where FUSE shows `inside`.
+///
+/// # Errors
+/// [`Reason::Unsupported`], naming the path, and those of listing the folder.
+pub(super) fn check_listed(path: &Path, inside: &Path) -> Result<(), Refusal> {
+    let mut shown = path.ancestors();
+    for name in inside.iter().rev() {
+        let at = shown.next().filter(|at| at.file_name() == Some(name));
+        if name.is_ascii() {
+            continue;
+        }
+        // Above a bind mount nothing can be listed.
+        let listed = match at.and_then(Path::parent).map(fs::read_dir) {
+            Some(Ok(entries)) => entries.flatten().any(|entry| entry.file_name() == name),
+            Some(Err(e)) => {
+                let what = format_args!("folder of `{}`", path.display());
+                return Err(Refusal::from_io(what, &e, Reason::IoError));
+            }
+            None => false,
+        };
+        if !listed {
+            return Err(Refusal::new(
+                Reason::Unsupported,
+                format!(
+                    "`{}`: `{}` is not listed so; rclone may know it by another name",
+                    path.display(),
+                    name.display()
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The value of a symbol for a control character, DEL or slash at the start,
@@ -229,6 +267,25 @@ mod tests {
             let refusal = check(Path::new(bad)).unwrap_err();
             assert_eq!(refusal.reason, Reason::Unsupported, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_name_must_be_listed_as_it_was_asked_for() {
+        let (composed, decomposed) = ("\u{e9}", "e\u{301}");
+        let folder = tempfile::tempdir().unwrap();
+        let clip = folder.path().join(composed).join("clip");
+        fs::create_dir(clip.parent().unwrap()).unwrap();
+        fs::write(&clip, "").unwrap();
+        let inside = Path::new("deep").join(composed).join("clip");
+        check_listed(&clip, inside.strip_prefix("deep").unwrap()).unwrap();
+        check_listed(&clip, &inside).unwrap();
+        let other = Path::new(decomposed).join("clip");
+        let shown = folder.path().join(&other);
+        let refusal = check_listed(&shown, &other).unwrap_err();
+        assert_eq!(refusal.reason, Reason::Unsupported);
+        // Bound from within a folder whose own name is not in sight.
+        let refusal = check_listed(&folder.path().join("clip"), &other).unwrap_err();
+        assert_eq!(refusal.reason, Reason::Unsupported);
     }
 
     /// `Encode` and `Decode` as rclone's tests have them (`DecodeHalf`).
