@@ -16,7 +16,7 @@ use vmafx_bypass::rig::{Rig, RigOptions};
 
 use crate::cells::content;
 use crate::journal::{Effects, Journal};
-use crate::mutate::{MOUNT_KINDS, REMOTE_KINDS, World};
+use crate::mutate::{MOUNT_KINDS, REMOTE_KINDS, World, seconds};
 use crate::processes::{PATIENCE, Readers, Watchdog};
 use crate::random::Random;
 use crate::told::{Clip, Suspect, Tally, Task};
@@ -147,9 +147,16 @@ fn mount(variant: &Variant, cast: &Cast, folder: &Path, seed: u64) -> (Rig, Worl
     let mut fill = |source: &Path| {
         fs::create_dir(source.join(FOLDER))?;
         for clip in cast.all() {
-            let size = random.between(200_000, 1_500_000) as usize;
-            let bytes = content(journal.stamp(clip.file), 0, size);
-            fs::write(source.join(FOLDER).join(&clip.name), bytes)?;
+            let size = random.between(200_000, 1_500_000);
+            let path = source.join(FOLDER).join(&clip.name);
+            let stamp = journal.stamp(clip.file);
+            fs::write(&path, content(stamp, 0, size as usize))?;
+            let effects = Effects {
+                fingerprint: Some((size, seconds(fs::metadata(&path)?.modified()?))),
+                ..Effects::default()
+            };
+            let detail = format!("{size} bytes");
+            journal.record(&clip.name, "put", stamp, effects, detail, || Ok(()))?;
         }
         Ok(())
     };

@@ -26,7 +26,6 @@ pub fn now() -> u64 {
 
 /// What a mutation can make visible for a moment.
 #[derive(Debug, Clone, Copy, Default)]
-#[expect(clippy::struct_excessive_bools)] // each by itself, in any combination
 pub struct Effects {
     /// Zeros that were never written.
     pub zeros: bool,
@@ -36,8 +35,8 @@ pub struct Effects {
     pub brings: Option<u16>,
     /// It comes from the remote: later than it was done.
     pub remote: bool,
-    /// rclone cannot notice it.
-    pub unnoticed: bool,
+    /// Size and time at the remote, whole seconds.
+    pub fingerprint: Option<(u64, u64)>,
 }
 
 #[derive(Debug, Clone)]
@@ -136,34 +135,29 @@ impl Journal {
     /// a cell cannot name. Never an older version, nor another offset.
     pub fn excuses(&self, suspect: &Suspect) -> bool {
         let events = self.events.lock().unwrap();
-        // Where rclone could not notice a swap, FUSE mixes both versions by what
-        // it had cached: one byte tells nothing of the others.
-        let mixes = |wrong: &Wrong| {
-            let between = |version| {
-                wrong.stamp.is_some_and(|s| s.version < version) && version <= suspect.floor
-            };
-            wrong.fault == Fault::Older
-                && events.1.iter().any(|event| {
-                    let unnoticed = event.clip == suspect.clip && event.effects.unnoticed;
-                    unnoticed && between(event.stamp.version)
-                })
-        };
+        let floor = floor(&events.1, suspect);
         let near: Vec<&Event> = events
             .1
             .iter()
             .filter(|event| event.clip == suspect.clip && overlaps(event, suspect))
             .collect();
+        let above = |wrong: &Wrong| {
+            let stamp = wrong
+                .stamp
+                .or_else(|| whose(&events.1, &suspect.clip, wrong));
+            let by_floor =
+                suspect.floor > 0 && matches!(wrong.fault, Fault::Older | Fault::Garbage);
+            by_floor && stamp.is_some_and(|stamp| stamp.version >= floor)
+        };
         suspect
             .wrong
             .iter()
-            .all(|wrong| near.iter().any(|event| excuse(event, wrong)) || mixes(wrong))
+            .all(|wrong| near.iter().any(|event| excuse(event, wrong)) || above(wrong))
     }
 
     /// Which mutation of a clip wrote these bytes, where the judge cannot tell.
     pub fn whose(&self, clip: &str, wrong: &Wrong) -> Option<Stamp> {
-        let events = self.events.lock().unwrap();
-        let mut stamps = events.1.iter().filter(|e| e.clip == clip).map(|e| e.stamp);
-        stamps.find(|stamp| begins_with(*stamp, wrong))
+        whose(&self.events.lock().unwrap().1, clip, wrong)
     }
 
     /// The last mutations of a clip up to the end of a read, as text.
@@ -219,6 +213,28 @@ fn excuse(event: &Event, wrong: &Wrong) -> bool {
     }
 }
 
+/// Which mutation of a clip wrote these bytes.
+fn whose(events: &VecDeque<Event>, clip: &str, wrong: &Wrong) -> Option<Stamp> {
+    let mut stamps = events.iter().filter(|e| e.clip == clip).map(|e| e.stamp);
+    stamps.find(|stamp| begins_with(*stamp, wrong))
+}
+
+/// The version that no byte may be older than, by what FUSE showed of the file
+/// before a byte elsewhere was read through it: the first of that size and
+/// time. Until rclone notices a swap it fetches the new version's bytes beside
+/// the old one's; then it drops these.
+fn floor(events: &VecDeque<Event>, suspect: &Suspect) -> u32 {
+    let shown = |event: &&Event| {
+        event.clip == suspect.clip
+            && event.effects.fingerprint.is_some()
+            && event.effects.fingerprint == suspect.shown
+    };
+    events
+        .iter()
+        .find(shown)
+        .map_or(0, |event| event.stamp.version)
+}
+
 /// Whether the first wrong bytes are of this stamp.
 fn begins_with(stamp: Stamp, wrong: &Wrong) -> bool {
     let length = wrong.length.min(CELL as u64) as usize;
@@ -243,6 +259,34 @@ mod tests {
             }],
             ..Suspect::default()
         }
+    }
+
+    #[test]
+    fn a_floor_counts_from_the_version_that_fuse_had_noticed() {
+        let journal = Journal::default();
+        let mut put = |fingerprint| {
+            let effects = Effects {
+                fingerprint: Some(fingerprint),
+                ..Effects::default()
+            };
+            let stamp = journal.stamp(1);
+            let done = journal.record("a", "swap", stamp, effects, String::new(), || Ok(()));
+            done.unwrap();
+            stamp.version
+        };
+        // The third swap cannot be noticed.
+        let versions = [(9, 1), (9, 2), (9, 2)].map(&mut put);
+        assert_eq!(versions, [1, 2, 3]);
+        let holds = |version, shown| {
+            let mut suspect = suspect(Fault::Older, 1, 1, [2, 3]);
+            suspect.wrong[0].stamp = Some(Stamp { version, file: 1 });
+            (suspect.floor, suspect.shown) = (3, Some(shown));
+            !journal.excuses(&suspect)
+        };
+        assert!(holds(1, (9, 2)), "dropped when the second was noticed");
+        assert!(!holds(2, (9, 2)), "the third's equal");
+        assert!(!holds(1, (9, 1)), "not noticed yet");
+        assert!(!holds(1, (8, 1)), "of a moment between");
     }
 
     #[test]

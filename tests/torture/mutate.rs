@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cells::{Stamp, content, hex};
 use crate::journal::{Effects, Journal};
@@ -105,7 +105,7 @@ impl World {
         let effects = Effects {
             resized: size != old.len(),
             remote: true,
-            unnoticed: kind == "swap: same size and time",
+            fingerprint: Some((size, seconds(time))),
             ..Effects::default()
         };
         let bytes = content(stamp, 0, size as usize);
@@ -289,6 +289,11 @@ impl World {
         }
         (offset, length)
     }
+}
+
+/// Seconds since 1970.
+pub fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 fn set_time(path: &std::path::Path, time: SystemTime) -> io::Result<()> {

@@ -15,6 +15,7 @@ use vmafx_bypass::BypassFile;
 use crate::fuse::{self, Way};
 use crate::journal::now;
 use crate::judge::{Subject, Verdict, View, judge};
+use crate::mutate::seconds;
 use crate::random::Random;
 use crate::told::{Clip, Kind, Suspect, Tally, Task, Told};
 
@@ -93,6 +94,19 @@ struct Reader<'a> {
     seed: u64,
     told: Sender<Told>,
     tally: Tally,
+}
+
+/// What FUSE said before.
+#[derive(Default)]
+struct Before {
+    /// How it was asked.
+    way: String,
+    /// What it says of the range.
+    view: Option<View>,
+    /// Of a file that changes as a whole: the version that it has elsewhere,
+    /// and the size and time that it had shown before that.
+    floor: u32,
+    shown: Option<(u64, u64)>,
 }
 
 /// A bypassed read, and when.
@@ -215,7 +229,7 @@ impl Reader<'_> {
         );
         self.doing(format!("fuse before: {what}"));
         let start = now();
-        let (way, before, floor) = self.before(session, file, offset, length);
+        let before = self.before(session, file, offset, length);
         // Often at once; sometimes later than any look that is kept.
         if self.random.one_in(12) {
             thread::sleep(Duration::from_millis(self.random.below(1_300)));
@@ -249,23 +263,10 @@ impl Reader<'_> {
         for one in taken {
             self.tally.reads += 1;
             self.tally.bytes += one.view.bytes.len() as u64;
-            let subject = Subject {
-                file: session.clip.file,
-                floor,
-            };
-            self.judge(
-                session,
-                subject,
-                before.as_ref(),
-                one,
-                after.as_ref(),
-                |suspect| {
-                    suspect.before = start;
-                    suspect.floor = floor;
-                    way.clone_into(&mut suspect.way);
-                    suspect.state.clone_from(&state);
-                },
-            );
+            self.judge(session, &before, one, after.as_ref(), |suspect| {
+                suspect.before = start;
+                suspect.state.clone_from(&state);
+            });
         }
     }
 
@@ -297,33 +298,45 @@ impl Reader<'_> {
         (offset + skip, part as usize)
     }
 
-    /// Asks FUSE: how, what it says of the range, and the version that no byte
-    /// may be older than.
     fn before(
         &mut self,
         session: &Session,
         file: &BypassFile,
         offset: u64,
         length: usize,
-    ) -> (String, Option<View>, u32) {
+    ) -> Before {
         // What programs store in shared mappings shows in the page cache first.
         if self.task.writable
             && self.random.one_in(2)
             && let Some(held) = &session.held
         {
-            return ("held".into(), fuse::read_from(held, offset, length).ok(), 0);
+            return Before {
+                way: "held".into(),
+                view: fuse::read_from(held, offset, length).ok(),
+                ..Before::default()
+            };
         }
         let way = *self.random.of(&[Way::Direct, Way::Fresh]);
         // Files that change as a whole: a byte elsewhere tells the version, and
         // rclone need not have fetched the range when it is read past FUSE.
         if !self.task.writable && self.random.one_in(2) {
             let place = self.random.below(file.size().unwrap_or(1).max(1));
+            let shown = std::fs::metadata(&session.path).ok();
+            let shown = shown.and_then(|m| Some((m.len(), seconds(m.modified().ok()?))));
             let view = fuse::read(&session.path, way, place, 1).ok();
             let floor = view.and_then(|view| view.newest()).unwrap_or(0);
-            return (format!("{way:?} at {place}, version {floor}"), None, floor);
+            return Before {
+                way: format!("{way:?} at {place}, version {floor}, size and time {shown:?}"),
+                view: None,
+                floor,
+                shown,
+            };
         }
-        let view = fuse::read(&session.path, way, offset, length).ok();
-        (format!("{way:?}"), view, 0)
+        Before {
+            way: format!("{way:?}"),
+            view: fuse::read(&session.path, way, offset, length).ok(),
+            ..Before::default()
+        }
     }
 
     /// Small reads in a row, by position.
@@ -400,24 +413,28 @@ impl Reader<'_> {
     fn judge(
         &mut self,
         session: &Session,
-        subject: Subject,
-        before: Option<&View>,
+        before: &Before,
         one: Taken,
         after: Option<&View>,
         complete: impl FnOnce(&mut Suspect),
     ) {
-        let verdict = judge(subject, before, &one.view, after);
+        let subject = Subject {
+            file: session.clip.file,
+            floor: before.floor,
+        };
+        let seen = before.view.as_ref();
+        let verdict = judge(subject, seen, &one.view, after);
         let Verdict::Wrong(mut wrong) = verdict else {
             self.tally.right += 1;
             return;
         };
-        if before.is_none() && after.is_none() {
+        if before.view.is_none() && before.floor == 0 && after.is_none() {
             self.tally.unjudged += 1;
             return;
         }
         self.doing(format!("judging {}", session.clip.name));
         let accounts = |later: io::Result<View>| {
-            later.is_ok_and(|l| judge(subject, before, &one.view, Some(&l)) == Verdict::Right)
+            later.is_ok_and(|l| judge(subject, seen, &one.view, Some(&l)) == Verdict::Right)
         };
         let (offset, length) = (one.view.offset, one.view.asked);
         for pause in REPEATS_MS {
@@ -445,6 +462,9 @@ impl Reader<'_> {
             read_bytes: one.view.bytes.len(),
             cache_bytes: one.cache_bytes,
             read: one.time,
+            way: before.way.clone(),
+            floor: before.floor,
+            shown: before.shown,
             more_wrong: wrong.len().saturating_sub(TOLD),
             ..Suspect::default()
         };

@@ -62,6 +62,8 @@ pub struct Suspect {
     pub way: String,
     /// The version that FUSE had shown elsewhere in the file; 0: not asked.
     pub floor: u32,
+    /// Size and time that FUSE had shown before that, whole seconds.
+    pub shown: Option<(u64, u64)>,
     pub state: String,
     pub wrong: Vec<Wrong>,
     pub more_wrong: usize,
