@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-unit lint doc bench fuzz deny install clean
+.PHONY: help setup build demo test test-unit torture lint doc bench fuzz deny install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,13 @@ demo: setup build ## show all of it on an rclone mount that it starts itself
 test: setup lint doc ## set up, and run every test; as root
 	cargo test --locked
 	cargo test --locked --no-default-features --lib --bins --test cli
+
+# One test for as long as wanted; `make test` runs it for a minute.
+DURATION ?= 30m
+RCLONE ?= $(RCLONE_NEW)
+torture: setup ## torture bypassed reads: DURATION=30m RCLONE=path beside PATH's
+	TORTURE_SECONDS=$(DURATION) RCLONE_NEW=$(RCLONE) \
+		cargo test --locked --test torture -- --nocapture bypassed_reads_are_fuses
 
 test-unit: ## run the tests that need no root
 	cargo test --locked --lib --bins --doc
