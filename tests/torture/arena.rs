@@ -279,7 +279,7 @@ fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts:
     let every = (lasts / 4).min(Duration::from_secs(10));
     let mut next = Instant::now() + every;
     let mut inodes: HashMap<String, u64> = HashMap::new();
-    let mut graceful = false;
+    let (mut graceful, mut failures) = (false, 0);
     while !world.stopped() {
         count_evictions(rig, world, quiet, &mut inodes);
         world.pause(100);
@@ -287,21 +287,31 @@ fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts:
             continue;
         }
         let kind = if graceful { REMOUNT } else { KILL };
-        graceful = !graceful;
         let stamp = world.journal.stamp(0);
-        world
-            .journal
-            .record("*", kind, stamp, Effects::default(), String::new(), || {
-                if kind == KILL {
-                    rig.kill_daemon();
-                }
-                rig.unmount();
-                let mounted = rig.mount();
-                watch(daemon, rig);
-                mounted
-            })
-            .expect("rclone must mount again");
-        next = Instant::now() + every;
+        let done =
+            world
+                .journal
+                .record("*", kind, stamp, Effects::default(), String::new(), || {
+                    if kind == KILL {
+                        rig.kill_daemon();
+                    }
+                    rig.unmount();
+                    let mounted = rig.mount();
+                    watch(daemon, rig);
+                    mounted
+                });
+        // rclone can fail to start by itself: it is tried again, and counted.
+        match done {
+            Ok(()) => {
+                graceful = !graceful;
+                failures = 0;
+                next = Instant::now() + every;
+            }
+            Err(e) => {
+                failures += 1;
+                assert!(failures < 5, "rclone must mount again: {e}");
+            }
+        }
     }
 }
 
