@@ -72,7 +72,7 @@ impl World {
     pub fn change_remote(&self, clips: &[Clip], seed: u64) {
         let mut random = Random::new(seed);
         for kind in REMOTE_KINDS.iter().cycle() {
-            self.pause(random.between(150, 900));
+            self.pause(random.between(150, 1_000));
             if self.stopped() {
                 break;
             }
@@ -130,7 +130,8 @@ impl World {
         let mut random = Random::new(seed);
         let mut mapper = Mapper::default();
         for kind in MOUNT_KINDS.iter().cycle() {
-            self.pause(random.between(50, 500));
+            // Mostly one for each hot clip: after the first it is dirty, and refused.
+            self.pause(random.between(300, 1_100));
             let mut tries = 0;
             // While the daemon is being replaced, nothing works.
             while !self.stopped() && tries < 20 {
@@ -199,7 +200,7 @@ impl World {
             }
             _ => (Effects::default(), format!("at {offset} +{length}")),
         };
-        let hold = random.between(50, 600);
+        let hold = random.between(200, 1_200);
         // With --write-back-cache the kernel reads around what is written,
         // which rclone refuses a descriptor that is open for writing alone.
         let readable = random.one_in(2);

@@ -29,7 +29,7 @@ const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
 /// Clips rest in turn, so that rclone closes them and writes their metadata.
 const REST_MS: u64 = 1_500;
 /// How long a clip is hot.
-const HOT_MS: u64 = 2_500;
+const HOT_MS: u64 = 1_500;
 /// How long dozing clips doze, and wake.
 const DOZE_MS: u64 = 6_000;
 /// Findings of a read that are told.
