@@ -113,6 +113,20 @@ fn torn_metadata_ends_the_proof() {
 }
 
 #[test]
+fn empty_metadata_ends_the_proof() {
+    with_metadata(|_| String::new(), Reason::BadMetadata);
+}
+
+#[test]
+fn metadata_of_another_size_ends_the_proof() {
+    let shorter = |text: String| text.replacen("\"Size\": 1048576", "\"Size\": 1048575", 1);
+    with_metadata(shorter, Reason::SizeMismatch);
+    let version =
+        |text: String| text.replace("\"Fingerprint\": \"1048576,", "\"Fingerprint\": \"1048575,");
+    with_metadata(version, Reason::StaleMetadata);
+}
+
+#[test]
 fn dirty_metadata_ends_the_proof() {
     with_metadata(
         |text| text.replace("\"Dirty\": false", "\"Dirty\": true"),

@@ -145,6 +145,23 @@ fn each_piece_looks_at_the_metadata() {
     });
 }
 
+#[test]
+fn metadata_is_looked_at_once_a_second() {
+    each_rclone(MIB, &[], |rig, bytes| {
+        let file = open_cached(rig);
+        let mut block = vec![0; 4096];
+        file.read_at(&mut block, 0).unwrap();
+        edit_metadata(rig, CLIP, |text| {
+            text.replace("\"Dirty\": false", "\"Dirty\": true")
+        });
+        std::thread::sleep(Duration::from_millis(1_100));
+        // A piece that was checked before.
+        file.read_at(&mut block, 4096).unwrap();
+        assert!(block == bytes[4096..8192]);
+        assert_eq!(file.stats().cache_bytes, 4096);
+    });
+}
+
 /// A file system whose times are those of the last tick, for the metadata.
 struct Coarse(PathBuf);
 
@@ -165,6 +182,7 @@ impl Drop for Coarse {
 
 #[test]
 fn metadata_of_two_versions_is_none() {
+    /// Ranges.
     const COUNT: u64 = 5_000;
     need_root();
     let folder = tempfile::tempdir().unwrap();
