@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-unit torture lint doc bench fuzz deny install clean
+.PHONY: help setup build demo test test-unit torture mutants lint doc bench fuzz deny install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ torture: setup ## torture bypassed reads: DURATION=30m RCLONE=path beside PATH's
 test-unit: ## run the tests that need no root
 	cargo test --locked --lib --bins --doc
 	cargo test --locked --test cli
+
+mutants: setup ## take each gate out, and see its tests fail; takes long
+	scripts/mutants.py
 
 lint: ## check format and lints
 	cargo fmt --check
