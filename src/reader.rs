@@ -368,7 +368,7 @@ impl BypassFile {
             .verify(&buffer[..n], offset, epoch, &self.companion)?
         {
             Verdict::Same => Ok(outcome),
-            Verdict::Unknown => Ok(Outcome::Fuse(n, Reason::IoError)),
+            Verdict::Fuse(reason) => Ok(Outcome::Fuse(n, reason)),
         }
     }
 

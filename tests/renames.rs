@@ -41,6 +41,7 @@ impl Two {
             read_only: false,
             remote: Some(remote.path().to_str().unwrap().into()),
             mount_arguments: arguments.iter().map(|&a| a.to_owned()).collect(),
+            ..RigOptions::default()
         };
         let rig = rig_with(options, |_| ());
         Self {

@@ -258,10 +258,11 @@ impl Epoch {
         self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fills the buffer from the data file. On a writable mount, what programs
-    /// have changed and rclone has not got yet is in the kernel's pages alone,
-    /// and rclone marks a change in the metadata after it has written it.
-    fn take(
+    /// Fills the buffer from the data file, at a range that was proven. On a
+    /// writable mount, what programs have changed and rclone has not got yet is
+    /// in the kernel's pages alone, and rclone marks a change in the metadata
+    /// after it has written it.
+    pub(super) fn take(
         &self,
         buffer: &mut [u8],
         offset: u64,
@@ -284,11 +285,6 @@ impl Epoch {
             return Ok(Outcome::Fuse(length, Reason::Dirty));
         }
         Ok(Outcome::Cache(length))
-    }
-
-    /// Fills the buffer from a range that was read before, to compare it.
-    pub(super) fn read_again(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
-        self.pread(buffer, offset)
     }
 
     /// Reads, and only then looks whether the file was still the clip's: a

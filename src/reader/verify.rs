@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::companion::Companion;
-use super::epoch::Epoch;
+use super::epoch::{Epoch, Outcome};
 use crate::reason::{Reason, Refusal};
 
 /// How much of what is read from the cache is read through FUSE, too.
@@ -32,8 +32,9 @@ const TRIES: u32 = 3;
 pub(super) enum Verdict {
     /// No difference, or nothing was to be compared.
     Same,
-    /// FUSE does not answer: its error is the caller's to see.
-    Unknown,
+    /// To be read through FUSE, for this reason: it does not answer, and its
+    /// error is the caller's to see; or a program is changing the range.
+    Fuse(Reason),
 }
 
 /// Compares a file's reads, and remembers what was found.
@@ -93,7 +94,7 @@ impl Verifier {
         let mut differs = 0;
         for _ in 0..TRIES {
             if read_whole(companion, &mut fuse, offset).is_err() {
-                return Ok(Verdict::Unknown);
+                return Ok(Verdict::Fuse(Reason::IoError));
             }
             let Some(at) = cache.iter().zip(&fuse).position(|(a, b)| a != b) else {
                 self.verified.fetch_add(length as u64, Ordering::Relaxed);
@@ -102,7 +103,10 @@ impl Verifier {
             differs = offset + at as u64;
             // The clip may have changed between the two reads.
             epoch.check_now(companion)?;
-            epoch.read_again(&mut cache, offset)?;
+            // A store that is not flushed yet is in the kernel's pages alone.
+            if let Outcome::Fuse(_, reason) = epoch.take(&mut cache, offset, companion)? {
+                return Ok(Verdict::Fuse(reason));
+            }
         }
         // Of several threads, the first to find one tells.
         let _ = self.mismatch.set(differs);
