@@ -7,10 +7,11 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::clips::*;
-
+use common::{Worker, content};
 use vmafx_bypass::rig::Rig;
 use vmafx_bypass::{BypassFile, Reason, Verify};
 
