@@ -119,7 +119,7 @@ GATES = [
     Gate("holes in pulled ranges", [(EPOCH, "if !self.is_present(Span { start: offset, end }, self.proof.block)? {", "if false {")],
          "damage::a_pulled_range_is_looked_at_for_holes"),
     Gate("quarantine", [(VERIFY, "            if files.iter().any(|file| file == path) {\n                return", "            if false {\n                return")],
-         "verify::a_difference_is_told_and_ends_the_bypass"),
+         "difference::a_difference_is_told_and_ends_the_bypass"),
     Gate("breaker", [(VERIFY, "const BREAKER: usize = 2;", "const BREAKER: usize = 3;")],
          "breaker::two_files_that_differ_end_every_bypass"),
     Gate("a difference is looked at again", [(VERIFY, "            epoch.check_now(companion)?;\n", "")],
