@@ -10,9 +10,9 @@ use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cells::{Stamp, content, hex};
-use crate::journal::{Effects, Journal};
+use crate::journal::{Effects, Journal, now};
 use crate::random::Random;
-use crate::reader::{hot, hot_place};
+use crate::reader::{HOT_MS, hot, hot_place};
 use crate::told::Clip;
 
 const KIB: u64 = 1 << 10;
@@ -129,9 +129,17 @@ impl World {
     pub fn change_by_mount(&self, clips: &[Clip], spare: &Clip, seed: u64) {
         let mut random = Random::new(seed);
         let mut mapper = Mapper::default();
-        for kind in MOUNT_KINDS.iter().cycle() {
-            // Mostly one for each hot clip: after the first it is dirty, and refused.
-            self.pause(random.between(300, 1_100));
+        // What only the kernel knows of is the hardest to see: more of these.
+        let kinds = MOUNT_KINDS
+            .iter()
+            .chain(&["store and hold", "write and hold"]);
+        for kind in kinds.cycle() {
+            // Mostly one for each clip's turn, once readers have it open: after
+            // that it is dirty, and refused.
+            if !random.one_in(4) {
+                let turn = HOT_MS - now() / 1_000_000 % HOT_MS;
+                self.pause(turn + random.between(200, 800));
+            }
             let mut tries = 0;
             // While the daemon is being replaced, nothing works.
             while !self.stopped() && tries < 20 {

@@ -29,7 +29,7 @@ const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
 /// Clips rest in turn, so that rclone closes them and writes their metadata.
 const REST_MS: u64 = 1_500;
 /// How long a clip is hot.
-const HOT_MS: u64 = 1_500;
+pub const HOT_MS: u64 = 1_200;
 /// How long dozing clips doze, and wake.
 const DOZE_MS: u64 = 6_000;
 /// Findings of a read that are told.
@@ -43,12 +43,14 @@ const KINDS: [Kind; 5] = [
     Kind::FromFd,
 ];
 
-/// The clip of a group that is changed, and read, more than others just now.
+/// The clip of a group whose turn it is: changed and read, after it has been
+/// left alone long enough to be closed, uploaded and clean again. Now and then
+/// another one.
 pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
-    if random.one_in(3) {
+    if random.one_in(6) {
         return random.of(group);
     }
-    Random::new(now() / 1_000_000 / HOT_MS).of(group)
+    &group[(now() / 1_000_000 / HOT_MS) as usize % group.len()]
 }
 
 /// Where a file of this size is changed, and read, more than elsewhere just now.
@@ -142,11 +144,14 @@ impl Reader<'_> {
             let turn = (u64::from(clip.file) + ms / REST_MS).is_multiple_of(3);
             turn || clip.dozes && (ms / DOZE_MS).is_multiple_of(2)
         };
-        let mut awake: Vec<&Clip> = task.clips.iter().filter(|c| !rests(c)).collect();
+        let quiet = |clip: &Clip| !task.groups.iter().flatten().any(|c| c.file == clip.file);
+        let only_quiet = !self.random.one_in(6);
+        let readable = |clip: &&Clip| !rests(clip) && (quiet(clip) || !only_quiet);
+        let mut awake: Vec<&Clip> = task.clips.iter().filter(readable).collect();
         if awake.is_empty() {
             awake.extend(&task.clips);
         }
-        let clip = if !task.groups.is_empty() && self.random.one_in(2) {
+        let clip = if !task.groups.is_empty() && !self.random.one_in(4) {
             let group = self.random.of(&task.groups);
             hot(group, &mut self.random)
         } else {
