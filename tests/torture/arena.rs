@@ -38,7 +38,7 @@ const ARGUMENTS: [&str; 8] = [
     "--dir-cache-time=400ms",
     "--attr-timeout=100ms",
     "--poll-interval=0",
-    "--vfs-cache-max-age=3s",
+    "--vfs-cache-max-age=6s",
     "--vfs-cache-max-size=9M",
     "--vfs-cache-poll-interval=1s",
     "--vfs-read-chunk-size=128k",
@@ -101,10 +101,10 @@ impl Cast {
         let clips = |prefix, files: Range<u16>| files.map(|file| clip(prefix, file)).collect();
         Self {
             quiet: clips("quiet", 1..4),
-            swapped: clips("swapped", 4..8),
-            written: clips("written", 8..12),
-            both: clips("both", 12..13),
-            spare: clip("spare", 13),
+            swapped: clips("swapped", 4..6),
+            written: clips("written", 6..8),
+            both: clips("both", 8..9),
+            spare: clip("spare", 9),
         }
     }
 

@@ -31,7 +31,7 @@ const REST_MS: u64 = 1_500;
 /// How long a clip is hot.
 pub const HOT_MS: u64 = 1_200;
 /// How long dozing clips doze, and wake.
-const DOZE_MS: u64 = 6_000;
+const DOZE_MS: u64 = 8_500;
 /// Findings of a read that are told.
 const TOLD: usize = 8;
 
