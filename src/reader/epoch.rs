@@ -46,7 +46,8 @@ pub(super) struct Epoch {
     proof: Proof,
     pieces: Box<[Span]>,
     checked: Box<[AtomicU8]>,
-    pulled: Pulled,
+    /// `None`: what is read through FUSE may not be in the data file.
+    pulled: Option<Pulled>,
     metadata: Mutex<MetadataFile>,
     /// When all was last seen unchanged, [`coarse_ms`].
     seen_ms: AtomicU64,
@@ -54,7 +55,16 @@ pub(super) struct Epoch {
 }
 
 impl Epoch {
-    pub(super) fn new(proof: Proof, data: File, metadata: MetadataFile, path: PathBuf) -> Self {
+    /// `caches_reads`: whether all that is read through FUSE goes into the data
+    /// file. With other cache modes than `full`, a descriptor that was opened
+    /// before the cache had the clip reads the remote past it.
+    pub(super) fn new(
+        proof: Proof,
+        data: File,
+        metadata: MetadataFile,
+        path: PathBuf,
+        caches_reads: bool,
+    ) -> Self {
         let pieces = proof.ranges.pieces(WINDOW).into_boxed_slice();
         Self {
             data,
@@ -62,7 +72,7 @@ impl Epoch {
             proof,
             checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
             pieces,
-            pulled: Pulled::default(),
+            pulled: caches_reads.then(Pulled::default),
             metadata: Mutex::new(metadata),
             seen_ms: AtomicU64::new(coarse_ms()),
             since: Instant::now(),
@@ -136,7 +146,9 @@ impl Epoch {
     ) -> Result<Outcome, Refusal> {
         let within =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
-        let span = match self.pulled.find(offset, self.proof.block) {
+        let pulled = self.pulled.as_ref();
+        let found = pulled.map_or(Err(u64::MAX), |p| p.find(offset, self.proof.block));
+        let span = match found {
             Ok(span) => span,
             // Beyond the end only FUSE knows whether the file has grown.
             Err(sooner) => {
@@ -160,8 +172,10 @@ impl Epoch {
     /// Notes what was just read through FUSE for want of a range: rclone has
     /// put it into the data file, if that still is the one it uses.
     pub(super) fn pulled(&self, span: Span) {
-        if self.check_data().is_ok() {
-            self.pulled.add(span);
+        if let Some(pulled) = &self.pulled
+            && self.check_data().is_ok()
+        {
+            pulled.add(span);
         }
     }
 

@@ -62,6 +62,7 @@ pub(super) fn prove(
         gathered.data,
         gathered.metadata,
         located.folders.data_path(&inside),
+        located.says_it_caches_reads(),
     ))
 }
 
