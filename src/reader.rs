@@ -207,7 +207,7 @@ impl BypassFile {
     /// Whether bytes may be kept for a while once they were read.
     fn may_read_ahead(&self) -> bool {
         match &**self.state.load() {
-            State::Active(epoch) => epoch.may_read_ahead(),
+            State::Active(epoch) => !epoch.is_writable(),
             State::Fuse { .. } => false,
         }
     }
@@ -296,7 +296,11 @@ impl BypassFile {
     /// Reads through FUSE, which brings a missing range into the cache.
     fn read_fuse(&self, buffer: &mut [u8], offset: u64, reason: Reason) -> io::Result<usize> {
         let before = self.state.load_full();
-        let n = self.companion.read_at(buffer, offset)?;
+        let n = if reason.is_benign() {
+            self.companion.read_without_ahead(buffer, offset)?
+        } else {
+            self.companion.read_at(buffer, offset)?
+        };
         self.counters.add_fuse(n, reason);
         if n == 0 {
             return Ok(0);
@@ -358,7 +362,7 @@ impl BypassFile {
         buffer: &mut [u8],
         offset: u64,
     ) -> Result<Outcome, Refusal> {
-        verify::check_quarantine(self.companion.path())?;
+        verify::check_quarantine(&self.companion)?;
         let outcome = epoch.read(buffer, offset, &self.companion)?;
         let Outcome::Cache(n) = outcome else {
             return Ok(outcome);
@@ -368,7 +372,7 @@ impl BypassFile {
             .verify(&buffer[..n], offset, epoch, &self.companion)?
         {
             Verdict::Same => Ok(outcome),
-            Verdict::Fuse(reason) => Ok(Outcome::Fuse(n, reason)),
+            Verdict::Unknown => Ok(Outcome::Fuse(n, Reason::IoError)),
         }
     }
 
@@ -400,7 +404,7 @@ fn never(refusal: Refusal) -> State {
 /// in a row could not be had; each doubles the time to the next try, because a
 /// try looks the path up, for which rclone may ask a slow remote.
 fn state_of(companion: &Companion, pulled: Option<u64>, failures: &AtomicU32) -> State {
-    let epoch = verify::check_quarantine(companion.path())
+    let epoch = verify::check_quarantine(companion)
         .and_then(|()| prove::prove(companion, pulled, &mut Trail::off()));
     match epoch {
         Ok(epoch) => {

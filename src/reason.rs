@@ -61,6 +61,9 @@ reasons! {
     /// The range is at the edge of what is cached, where a block may be there
     /// in part: on writable mounts, and for what was just read through FUSE.
     Edge = "edge", "nothing to do: a block or two at each end come through FUSE";
+    /// The mount is writable, and the kernel has pages of the range: they may be
+    /// newer than what rclone has, and are read without it.
+    PageCache = "page_cache", "nothing to do: the bytes came from the kernel's memory";
     /// The metadata lists the range but the cache file has a hole in it.
     Hole = "hole", "delete the clip from rclone's cache: it was damaged, perhaps by a power loss";
     /// rclone has changes to the file which it has not uploaded.
@@ -83,6 +86,15 @@ reasons! {
     /// The mount, the cache's file system or the name is of a kind for which
     /// there is no proof.
     Unsupported = "unsupported", "mount with --read-only, or run linux 6.16; keep the cache on ext4, xfs, btrfs or tmpfs, one mount per cache";
+}
+
+impl Reason {
+    /// Whether it is of a few bytes, or bytes that cost little, of a file that is
+    /// bypassed as it should be.
+    #[must_use]
+    pub fn is_benign(self) -> bool {
+        matches!(self, Self::Edge | Self::PageCache)
+    }
 }
 
 impl fmt::Display for Reason {

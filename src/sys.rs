@@ -75,13 +75,22 @@ struct CacheStatRange {
     length: u64,
 }
 
-/// Pages of a file's range that were changed and are not written yet, dirty or
-/// under writeback; a length of 0 is up to the end. cachestat(2), Linux 6.5.
+/// A file's pages in the kernel's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pages {
+    /// All of them.
+    pub(crate) cached: u64,
+    /// Those that were changed and are not written yet: dirty, or under writeback.
+    pub(crate) unwritten: u64,
+}
+
+/// The pages of a file's range; a length of 0 is up to the end. cachestat(2),
+/// Linux 6.5.
 ///
 /// # Errors
 /// ENOSYS on older kernels; EPERM where the caller neither may write to the
 /// file nor owns it (Linux 6.13).
-pub(crate) fn unwritten_pages(file: impl AsFd, offset: u64, length: u64) -> io::Result<u64> {
+pub(crate) fn pages(file: impl AsFd, offset: u64, length: u64) -> io::Result<Pages> {
     // The same number on every architecture (include/uapi/asm-generic/unistd.h).
     const SYS_CACHESTAT: nix::libc::c_long = 451;
     let range = CacheStatRange { offset, length };
@@ -98,7 +107,10 @@ pub(crate) fn unwritten_pages(file: impl AsFd, offset: u64, length: u64) -> io::
         )
     };
     if result == 0 {
-        Ok(stat.dirty + stat.writeback)
+        Ok(Pages {
+            cached: stat.cache,
+            unwritten: stat.dirty + stat.writeback,
+        })
     } else {
         Err(io::Error::last_os_error())
     }
@@ -140,14 +152,16 @@ mod tests {
         }
         file.sync_all().unwrap();
         if kernel_version() < (6, 5) {
-            let error = unwritten_pages(&file, 0, 0).unwrap_err();
+            let error = pages(&file, 0, 0).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::Unsupported);
             return;
         }
-        assert_eq!(unwritten_pages(&file, 0, 0).unwrap(), 0);
+        let unwritten = |offset, length| pages(&file, offset, length).unwrap().unwritten;
+        assert_eq!(unwritten(0, 0), 0);
+        assert!(pages(&file, 0, 0).unwrap().cached >= 2);
         file.write_all_at(&[2; 1], FAR).unwrap();
-        assert_eq!(unwritten_pages(&file, 0, 4096).unwrap(), 0);
-        assert!(unwritten_pages(&file, FAR, 1).unwrap() > 0);
-        assert!(unwritten_pages(&file, 0, 0).unwrap() > 0);
+        assert_eq!(unwritten(0, 4096), 0);
+        assert!(unwritten(FAR, 1) > 0);
+        assert!(unwritten(0, 0) > 0);
     }
 }

@@ -126,7 +126,7 @@ fn shared_stores_are_seen_before_they_are_flushed() {
         assert!(data == expected, "flushed already");
         expected[MIB..MIB + 100].fill(b'a');
         assert!(block == expected[MIB..MIB + 8192]);
-        assert_eq!(file.stats().by_reason[&Reason::Dirty], 8192);
+        assert_eq!(file.stats().by_reason[&Reason::PageCache], 8192);
         // Other pages are read from the cache as before.
         let before = file.stats().cache_bytes;
         file.read_at(&mut block, 3 * MIB as u64).unwrap();

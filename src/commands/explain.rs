@@ -38,7 +38,7 @@ fn name(reason: Option<Reason>) -> &'static str {
 fn state(explanation: &Explanation) -> &'static str {
     let refused = explanation.refusal.as_ref().map(|refusal| refusal.reason);
     let mut reasons = explanation.ranges.iter().filter_map(|(_, reason)| *reason);
-    name(refused.or_else(|| reasons.find(|reason| *reason != Reason::Edge)))
+    name(refused.or_else(|| reasons.find(|reason| !reason.is_benign())))
 }
 
 #[derive(Serialize)]

@@ -41,7 +41,7 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let stats = file.stats();
     let asked_for_fuse = args.engine == ReadEngine::Fuse;
     for (reason, bytes) in &stats.by_reason {
-        if asked_for_fuse || matches!(reason, Reason::NotFuse | Reason::Edge) {
+        if asked_for_fuse || *reason == Reason::NotFuse || reason.is_benign() {
             continue;
         }
         let detail = opened_as
@@ -58,8 +58,7 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     if let Some(format) = args.stats {
         let state = match (&opened_as, stats.cache_bytes) {
             (Some(refusal), 0) => refusal.reason.name(),
-            // A block at the edges is no reason to worry.
-            _ => match stats.by_reason.keys().find(|r| **r != Reason::Edge) {
+            _ => match stats.by_reason.keys().find(|reason| !reason.is_benign()) {
                 Some(reason) => reason.name(),
                 None => "active",
             },

@@ -12,9 +12,10 @@ const CAPACITY: usize = 256 << 10;
 /// Reads of at least this many bytes gain nothing: the copy costs them more than
 /// a pread(2) and fstat(2) of their own (measured; 64 KiB reads gain 2 %).
 const SMALL: usize = 128 << 10;
-/// Buffered bytes are not returned once they are this old, milliseconds: as
-/// long as a proof may go without a look at the metadata.
-const MAX_AGE_MS: u64 = 1_000;
+/// Buffered bytes are not returned once they are this old, milliseconds. A
+/// program that reads fast has used them up long before; for one that reads
+/// slowly, to read them again costs a thousandth of its time.
+const MAX_AGE_MS: u64 = 20;
 
 /// Bytes of the cache that were read ahead, each under its proof.
 #[derive(Default)]

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::cache::rclone::{FuseFile, no_cachestat};
 use crate::reason::{Reason, Refusal};
-use crate::sys::unwritten_pages;
+use crate::sys::{Pages, pages};
 
 /// The descriptor opened through FUSE. Each proof but the first opens the same
 /// file anew, since rclone looks at the remote's version when a new handle is
@@ -89,6 +89,11 @@ impl Companion {
         self.file.load().metadata()
     }
 
+    /// The file's device and inode.
+    pub(super) fn identity(&self) -> io::Result<(u64, u64)> {
+        self.metadata().map(|m| (m.dev(), m.ino()))
+    }
+
     /// The id of the mount that the descriptor was opened on.
     pub(super) fn mount_id(&self) -> Result<u64, Refusal> {
         let file = self.file.load();
@@ -96,11 +101,30 @@ impl Companion {
         mount_id(&stat)
     }
 
-    /// Whether programs have changed a range through the mount that rclone has
-    /// not got yet.
-    pub(super) fn unwritten(&self, offset: u64, length: u64) -> Result<bool, Refusal> {
-        let pages = self.unwritten_pages(offset, length);
-        pages.map(|pages| pages > 0).map_err(no_cachestat)
+    /// Whether the kernel has pages of a range. They may be newer than what
+    /// rclone has: changed by a program, on their way, or not taken by rclone.
+    pub(super) fn has_pages(&self, offset: u64, length: u64) -> Result<bool, Refusal> {
+        let pages = self.pages(offset, length);
+        pages.map(|pages| pages.cached > 0).map_err(no_cachestat)
+    }
+
+    /// As [`read_at`](Self::read_at), without the kernel reading ahead: on a
+    /// writable mount, what it has pages of is not bypassed.
+    pub(super) fn read_without_ahead(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let file = self.file.load();
+        // Advice: where it is not taken, more goes through FUSE.
+        let _ = posix_fadvise(&**file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+        let read = read_at(&file, buffer, offset);
+        let _ = posix_fadvise(&**file, 0, 0, PosixFadviseAdvice::POSIX_FADV_NORMAL);
+        read
+    }
+
+    /// The file opened anew, to be read past the page cache.
+    pub(super) fn open_direct(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_DIRECT).bits())
+            .open(link(&self.file.load()))
     }
 
     /// pread(2), again when a signal interrupts it.
@@ -120,11 +144,7 @@ impl FuseFile for Companion {
             set_direct(&file, true)?;
             file
         } else {
-            let anew = OpenOptions::new()
-                .read(true)
-                .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_DIRECT).bits())
-                .open(link(&self.file.load()))?;
-            Arc::new(anew)
+            Arc::new(self.open_direct()?)
         };
         let read = read_at(&file, &mut [0], offset);
         set_direct(&file, false)?;
@@ -137,13 +157,12 @@ impl FuseFile for Companion {
     }
 
     fn is(&self, found: &fs::Metadata) -> bool {
-        let identity = |m: &fs::Metadata| (m.dev(), m.ino());
-        self.metadata()
-            .is_ok_and(|own| identity(&own) == identity(found))
+        self.identity()
+            .is_ok_and(|own| own == (found.dev(), found.ino()))
     }
 
-    fn unwritten_pages(&self, offset: u64, length: u64) -> io::Result<u64> {
-        unwritten_pages(&**self.file.load(), offset, length)
+    fn pages(&self, offset: u64, length: u64) -> io::Result<Pages> {
+        pages(&**self.file.load(), offset, length)
     }
 }
 
@@ -183,7 +202,7 @@ fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     Ok(())
 }
 
-fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     loop {
         match file.read_at(buffer, offset) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

@@ -13,10 +13,12 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::companion::Companion;
+use super::prove::check_read_only;
 use super::pulled::Pulled;
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
 use crate::cache::rclone::MetadataFile;
+use crate::mounts::Dev;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
 
@@ -26,6 +28,10 @@ use crate::sys::coarse_ms;
 const WINDOW: u64 = 16 << 20;
 /// The metadata is looked at again after this long, milliseconds.
 const RECHECK_MS: u64 = 1_000;
+
+/// Bytes read through FUSE at once where the kernel has pages of a range; those
+/// behind them may have none.
+const PAGES_READ: usize = 128 << 10;
 
 /// What became of a read.
 pub(super) enum Outcome {
@@ -49,6 +55,8 @@ pub(super) struct Epoch {
     /// `None`: what is read through FUSE may not be in the data file.
     pulled: Option<Pulled>,
     metadata: Mutex<MetadataFile>,
+    /// The superblock of the clip's mount.
+    dev: Dev,
     /// When all was last seen unchanged, [`coarse_ms`].
     seen_ms: AtomicU64,
     since: Instant,
@@ -64,6 +72,7 @@ impl Epoch {
         metadata: MetadataFile,
         path: PathBuf,
         caches_reads: bool,
+        dev: Dev,
     ) -> Self {
         let pieces = proof.ranges.pieces(WINDOW).into_boxed_slice();
         Self {
@@ -74,6 +83,7 @@ impl Epoch {
             pieces,
             pulled: caches_reads.then(Pulled::default),
             metadata: Mutex::new(metadata),
+            dev,
             seen_ms: AtomicU64::new(coarse_ms()),
             since: Instant::now(),
         }
@@ -89,11 +99,6 @@ impl Epoch {
 
     pub(super) fn since(&self) -> Instant {
         self.since
-    }
-
-    /// Whether bytes may be kept for a while once they were read.
-    pub(super) fn may_read_ahead(&self) -> bool {
-        !self.proof.writable
     }
 
     /// Reads from the piece that `offset` is in, or says how much to read
@@ -245,11 +250,15 @@ impl Epoch {
         self.check_again(companion)
     }
 
-    /// What is looked at once a second: the metadata, and FUSE's own view,
-    /// which may have become another's without the cache having been touched.
+    /// What is looked at once a second: the metadata, whether the mount is still
+    /// read-only, and FUSE's own view, which may have become another's without
+    /// the cache having been touched.
     fn check_again(&self, companion: &Companion) -> Result<(), Refusal> {
         let now = coarse_ms();
         self.check_metadata()?;
+        if !self.proof.writable {
+            check_read_only(self.dev)?;
+        }
         // An error means that the daemon is gone. What it had proven stays
         // true as long as nobody touches the metadata or the data file.
         if let Ok(fuse) = companion.metadata()
@@ -273,10 +282,11 @@ impl Epoch {
     }
 
     /// Fills the buffer from the data file, at a range that was proven. On a
-    /// writable mount, what programs have changed and rclone has not got yet is
-    /// in the kernel's pages alone, and rclone marks a change in the metadata
-    /// after it has written it.
-    pub(super) fn take(
+    /// writable mount, what programs write is in the kernel's pages before rclone
+    /// has it, for every reader through FUSE, and rclone marks it in the metadata
+    /// after it has written it. A range with pages is FUSE's, which gives it
+    /// without rclone.
+    fn take(
         &self,
         buffer: &mut [u8],
         offset: u64,
@@ -287,18 +297,30 @@ impl Epoch {
             self.pread(buffer, offset)?;
             return Ok(Outcome::Cache(length));
         }
-        let unwritten = || companion.unwritten(offset, length as u64);
-        if unwritten()? {
-            return Ok(Outcome::Fuse(length, Reason::Dirty));
+        let has_pages = || companion.has_pages(offset, length as u64);
+        let by_fuse = Ok(Outcome::Fuse(length.min(PAGES_READ), Reason::PageCache));
+        if has_pages()? {
+            return by_fuse;
         }
-        self.pread(buffer, offset)?;
-        if !self.lock_metadata().unchanged_in_place() {
-            return Err(changed("has new metadata"));
-        }
-        if unwritten()? {
-            return Ok(Outcome::Fuse(length, Reason::Dirty));
+        self.read_again(buffer, offset)?;
+        if has_pages()? {
+            return by_fuse;
         }
         Ok(Outcome::Cache(length))
+    }
+
+    /// Fills the buffer from a range that was read before, to compare it.
+    pub(super) fn read_again(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
+        self.pread(buffer, offset)?;
+        if self.proof.writable && !self.lock_metadata().unchanged_in_place() {
+            return Err(changed("has new metadata"));
+        }
+        Ok(())
+    }
+
+    /// Whether programs may change the clip through the mount.
+    pub(super) fn is_writable(&self) -> bool {
+        self.proof.writable
     }
 
     /// Reads, and only then looks whether the file was still the clip's: a

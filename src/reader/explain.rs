@@ -47,7 +47,7 @@ impl Explanation {
             _ => Ok(format!("{} is not 0", optin::VARIABLE)),
         };
         let enabled = trail.note(Gate::Enabled, enabled);
-        let mapped = check_quarantine(companion.path())
+        let mapped = check_quarantine(&companion)
             .and_then(|()| prove(&companion, None, &mut trail))
             .and_then(|epoch| epoch.map());
         let size = companion.metadata()?.len();

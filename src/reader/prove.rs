@@ -7,7 +7,7 @@ use super::epoch::Epoch;
 use crate::cache::proof;
 use crate::cache::rclone::{self, Clip, Locator};
 use crate::cache::trail::{Gate, Trail};
-use crate::mounts::Mount;
+use crate::mounts::{Dev, Mount};
 use crate::reason::{Reason, Refusal};
 
 /// Gathers the facts of a clip and decides. `pulled`: an offset that was read
@@ -63,7 +63,22 @@ pub(super) fn prove(
         gathered.metadata,
         located.folders.data_path(&inside),
         located.says_it_caches_reads(),
+        mount.dev,
     ))
+}
+
+/// Whether a superblock that was read-only still is, wherever it is mounted.
+pub(super) fn check_read_only(dev: Dev) -> Result<(), Refusal> {
+    Locator::with(|locator| {
+        let table = locator.table();
+        match table.iter().find(|m| m.dev == dev && !m.read_only) {
+            None => Ok(()),
+            Some(mount) => Err(Refusal::new(
+                Reason::Changed,
+                format!("`{}` has been made writable", mount.point.display()),
+            )),
+        }
+    })
 }
 
 /// The rclone mount of this id. What the table says of it is checked against

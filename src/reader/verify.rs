@@ -1,11 +1,11 @@
 //! The check against FUSE itself: what no proof can replace.
 
-use std::path::{Path, PathBuf};
+use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::companion::Companion;
-use super::epoch::{Epoch, Outcome};
+use super::companion::{self, Companion};
+use super::epoch::Epoch;
 use crate::reason::{Reason, Refusal};
 
 /// How much of what is read from the cache is read through FUSE, too.
@@ -32,9 +32,8 @@ const TRIES: u32 = 3;
 pub(super) enum Verdict {
     /// No difference, or nothing was to be compared.
     Same,
-    /// To be read through FUSE, for this reason: it does not answer, and its
-    /// error is the caller's to see; or a program is changing the range.
-    Fuse(Reason),
+    /// FUSE does not answer: its error is the caller's to see.
+    Unknown,
 }
 
 /// Compares a file's reads, and remembers what was found.
@@ -93,8 +92,8 @@ impl Verifier {
         let mut fuse = vec![0; length];
         let mut differs = 0;
         for _ in 0..TRIES {
-            if read_whole(companion, &mut fuse, offset).is_err() {
-                return Ok(Verdict::Fuse(Reason::IoError));
+            if read_fuse(&mut fuse, offset, epoch, companion).is_err() {
+                return Ok(Verdict::Unknown);
             }
             let Some(at) = cache.iter().zip(&fuse).position(|(a, b)| a != b) else {
                 self.verified.fetch_add(length as u64, Ordering::Relaxed);
@@ -103,14 +102,11 @@ impl Verifier {
             differs = offset + at as u64;
             // The clip may have changed between the two reads.
             epoch.check_now(companion)?;
-            // A store that is not flushed yet is in the kernel's pages alone.
-            if let Outcome::Fuse(_, reason) = epoch.take(&mut cache, offset, companion)? {
-                return Ok(Verdict::Fuse(reason));
-            }
+            epoch.read_again(&mut cache, offset)?;
         }
         // Of several threads, the first to find one tells.
         let _ = self.mismatch.set(differs);
-        quarantine(companion.path());
+        quarantine(companion);
         Err(Refusal::new(
             Reason::Quarantined,
             format!(
@@ -121,34 +117,53 @@ impl Verifier {
     }
 }
 
-fn read_whole(companion: &Companion, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+/// Reads what FUSE has. On a writable mount from rclone itself: the kernel's
+/// pages may be newer, and reading them in would take the range from the bypass.
+fn read_fuse(
+    buffer: &mut [u8],
+    offset: u64,
+    epoch: &Epoch,
+    companion: &Companion,
+) -> io::Result<()> {
+    let direct = epoch
+        .is_writable()
+        .then(|| companion.open_direct())
+        .transpose()?;
     let mut done = 0;
     while done < buffer.len() {
-        match companion.read_at(&mut buffer[done..], offset + done as u64)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => done += n,
+        let (rest, at) = (&mut buffer[done..], offset + done as u64);
+        let n = match &direct {
+            Some(file) => companion::read_at(file, rest, at)?,
+            None => companion.read_at(rest, at)?,
+        };
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        done += n;
     }
     Ok(())
 }
 
-/// Files in which a difference was found, in this process.
-static QUARANTINED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// Files in which a difference was found in this process, by device and inode:
+/// they have several paths.
+static QUARANTINED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
 /// How many there are: every read asks.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 /// So many end every bypass in the process.
 const BREAKER: usize = 2;
 
-fn quarantine(path: &Path) {
+fn quarantine(companion: &Companion) {
     let mut files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-    if !files.iter().any(|file| file == path) {
-        files.push(path.to_path_buf());
+    // Where it cannot be told which file it is, count it as another.
+    let file = companion.identity().unwrap_or((0, files.len() as u64));
+    if !files.contains(&file) {
+        files.push(file);
     }
     COUNT.store(files.len(), Ordering::Release);
 }
 
 /// Whether a file may still be bypassed in this process.
-pub(super) fn check_quarantine(path: &Path) -> Result<(), Refusal> {
+pub(super) fn check_quarantine(companion: &Companion) -> Result<(), Refusal> {
     let refuse = |detail| Err(Refusal::new(Reason::Quarantined, detail));
     match COUNT.load(Ordering::Acquire) {
         0 => Ok(()),
@@ -157,11 +172,10 @@ pub(super) fn check_quarantine(path: &Path) -> Result<(), Refusal> {
         )),
         _ => {
             let files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-            if files.iter().any(|file| file == path) {
-                return refuse(format!(
-                    "`{}`: the cache and fuse differed before",
-                    path.display()
-                ));
+            let known = companion.identity().is_ok_and(|file| files.contains(&file));
+            if known {
+                let path = companion.path().display();
+                return refuse(format!("`{path}`: the cache and fuse differed before"));
             }
             Ok(())
         }

@@ -19,7 +19,7 @@ use crate::cache::proof::{Facts, Metadata, Tie, Timestamp, WritableFacts};
 use crate::cache::ranges::Ranges;
 use crate::cache::trail::{Gate, Trail};
 use crate::reason::{Reason, Refusal};
-use crate::sys::coarse_ms;
+use crate::sys::{Pages, coarse_ms};
 
 /// The smallest unit in which file systems tell holes, bytes.
 const MIN_BLOCK: u64 = 4096;
@@ -42,8 +42,8 @@ pub(crate) trait FuseFile {
     fn prime(&self, offset: u64) -> io::Result<()>;
     /// Whether what a path leads to is this very file.
     fn is(&self, found: &fs::Metadata) -> bool;
-    /// As of [`unwritten_pages`](crate::sys::unwritten_pages).
-    fn unwritten_pages(&self, offset: u64, length: u64) -> io::Result<u64>;
+    /// As of [`pages`](crate::sys::pages).
+    fn pages(&self, offset: u64, length: u64) -> io::Result<Pages>;
 }
 
 /// A clip's facts, and the open files that they are about.
@@ -102,10 +102,10 @@ pub(crate) fn gather(
     if !clip.located.read_only {
         trail.failure(Gate::Settled, rename_barrier(clip.path))?;
         let again = View::take(clip, file, trail)?;
-        let unwritten = file.unwritten_pages(0, 0).map_err(no_cachestat);
+        let pages = file.pages(0, 0).map_err(no_cachestat);
         writable = Some(WritableFacts {
             settled: again.is_same(&view),
-            unwritten_pages: trail.failure(Gate::PageCache, unwritten)?,
+            unwritten_pages: trail.failure(Gate::PageCache, pages)?.unwritten,
         });
         view = again;
     }
