@@ -19,8 +19,11 @@ const KIB: u64 = 1 << 10;
 /// Sizes of clips, bytes.
 const SIZES: std::ops::Range<u64> = 96 * KIB..1_600 * KIB;
 
-/// How often what is held open is written again.
-const STORES: u64 = 12;
+/// How often what is held open is written again, and how many bytes at most:
+/// so often that it is dirty in the kernel again as soon as a reader has made
+/// the kernel write it back.
+const STORES: u64 = 300;
+const STORED: u64 = 512;
 
 /// What is done at the remote, in any mount.
 pub const REMOTE_KINDS: [&str; 4] = [
@@ -177,12 +180,15 @@ impl World {
             self.fill_spare(spare, random)?;
         }
         // Several versions for what is written again and again.
-        let several = kind.starts_with("store") || kind.ends_with("and hold");
+        let several = kind.ends_with("and hold");
         let stamps: Vec<Stamp> = (0..if several { STORES } else { 1 })
             .map(|_| self.journal.stamp(clip.file))
             .collect();
         let stamp = stamps[stamps.len() - 1];
-        let (offset, length) = Self::place(size.max(1), random);
+        let (offset, mut length) = Self::place(size.max(1), random);
+        if several {
+            length = length.min(STORED);
+        }
         let bytes = |offset: u64, length: u64| content(stamp, offset, length as usize);
         let resized = Effects {
             resized: true,
