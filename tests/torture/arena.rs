@@ -310,6 +310,16 @@ fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts:
             Err(e) => {
                 failures += 1;
                 assert!(failures < 5, "rclone must mount again: {e}");
+                // Some changes that it had not uploaded it never gets over: it
+                // tries again and again before it mounts.
+                if failures == 2 {
+                    rig.unmount();
+                    for tree in ["vfs", "vfsMeta"] {
+                        // There may be none yet.
+                        let _ = fs::remove_dir_all(rig.cache().join(tree));
+                    }
+                    world.journal.count("cache emptied for rclone to start");
+                }
             }
         }
     }
