@@ -1,4 +1,4 @@
-//! What a hostile reviewer tried. FUSE is the judge: what a read through it
+//! What reviewers broke, or tried to. FUSE is the judge: what a read through it
 //! gives directly before or after. Each test runs on every rclone program.
 #![allow(clippy::unwrap_used)]
 
@@ -6,14 +6,12 @@ mod common;
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::Command;
 use std::time::Duration;
 
 use common::clips::*;
-use common::{Worker, content, eventually, fuse_range, program};
-use vmafx_bypass::{BypassFile, Verify};
+use common::{Worker, content, fuse_range};
 
 fn direct_writable(rig: &vmafx_bypass::rig::Rig) -> fs::File {
     fs::OpenOptions::new()
@@ -87,7 +85,7 @@ fn what_is_pulled_past_the_cache_is_not_in_it_minimal() {
     pulled_past_the_cache("minimal");
 }
 
-/// Small sequential reads come from a buffer of up to a second's age.
+/// Small sequential reads come from a buffer of up to 20 ms' age.
 #[test]
 fn a_buffered_read_is_not_behind_fuse() {
     each_rclone(
@@ -106,10 +104,9 @@ fn a_buffered_read_is_not_behind_fuse() {
             assert!(fuse_range(&clip(rig), 4096, 4096) == new[4096..8192]);
             let mut same_age = [0; 4096];
             plain.read_exact_at(&mut same_age, 4096).unwrap();
-            println!(
-                "a plain descriptor of that age has the new: {}",
-                same_age == new[4096..8192]
-            );
+            assert!(same_age == new[4096..8192]);
+            // So long may what was read ahead be behind.
+            std::thread::sleep(Duration::from_millis(30));
             file.read_exact(&mut block).unwrap();
             assert!(
                 block == new[4096..8192],
@@ -227,58 +224,6 @@ clip[1 << 20:(1 << 20) + 100] = b'a' * 100
         mapper.kill();
         println!("{cached} {stats:?}");
         assert!(own[..100] == [b'a'; 100], "older than fuse");
-    });
-}
-
-/// `explain` says that it changes nothing but when the clip was last used.
-#[test]
-fn explain_downloads_nothing() {
-    each_rclone(64 * MIB, &[], |rig, _| {
-        let direct = hold(&clip(rig), 0, MIB);
-        drop(direct);
-        std::thread::sleep(Duration::from_secs(2));
-        let data = cache_file(rig, "vfs", CLIP);
-        let blocks = || fs::metadata(&data).unwrap().blocks() * 512;
-        let mut before = blocks();
-        eventually("rest", || {
-            std::thread::sleep(Duration::from_millis(700));
-            std::mem::replace(&mut before, blocks()) == blocks()
-        });
-        let output = program().arg("explain").arg(clip(rig)).output().unwrap();
-        println!("{}", String::from_utf8_lossy(&output.stdout));
-        std::thread::sleep(Duration::from_secs(3));
-        assert_eq!(before, blocks(), "explain has downloaded");
-    });
-}
-
-/// A difference that verification has found stays known by any path.
-#[test]
-fn a_quarantined_clip_is_quarantined_by_each_path() {
-    each_rclone(4 * MIB, &[], |rig, _| {
-        rig.cache_whole(Path::new(CLIP)).unwrap();
-        let data = cache_file(rig, "vfs", CLIP);
-        let bind = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.arg("--bind").arg(rig.mountpoint()).arg(bind.path());
-        assert!(mount.status().unwrap().success());
-        // Two openers' kernel pages have the right bytes; the cache has not.
-        let file = open(rig).verifying(Verify::Full);
-        let mut block = vec![0; 4096];
-        let plain = fs::File::open(clip(rig)).unwrap();
-        plain.read_exact_at(&mut block, MIB as u64).unwrap();
-        let damaged = fs::OpenOptions::new().write(true).open(&data).unwrap();
-        let _ = file.refusal();
-        damaged.write_all_at(b"damage", MIB as u64).unwrap();
-        file.read_at(&mut block, MIB as u64).unwrap();
-        println!("{:?} {:?}", file.mismatch(), file.refusal());
-        let other = BypassFile::open(bind.path().join(CLIP)).unwrap();
-        let refusal = other.refusal();
-        drop(other);
-        let mut unmount = Command::new("umount");
-        assert!(unmount.arg(bind.path()).status().unwrap().success());
-        assert!(file.mismatch().is_some());
-        println!("by the bind: {refusal:?}");
-        assert!(refusal.is_some(), "bypassed again by another path");
     });
 }
 

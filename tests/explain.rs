@@ -92,17 +92,23 @@ fn each_gate_that_fails_is_shown_with_its_remedy() {
         let _held = open_cached(rig);
         let path = cache_file(rig, "vfsMeta", CLIP);
         let text = fs::read_to_string(&path).unwrap();
-        let dirty = text.replace("\"Dirty\": false", "\"Dirty\": true");
-        fs::write(&path, dirty.replace("1048576,20", "1048576,19")).unwrap();
+        let other = text.replace("1048576,20", "1048576,19");
+        fs::write(&path, other.replacen("1048576", "1048575", 1)).unwrap();
         let document = explain(rig);
-        assert_eq!(document["state"], "dirty");
-        for name in ["clean", "version"] {
+        assert_eq!(document["state"], "size_mismatch");
+        for name in ["size", "version"] {
             assert_eq!(gate(&document, name)["pass"], false, "{document}");
             assert!(gate(&document, name)["remedy"].is_string());
         }
-        assert_eq!(gate(&document, "size")["pass"], true);
+        assert_eq!(gate(&document, "clean")["pass"], true);
         assert_eq!(document["cached_bytes"], 0);
         assert_whole(&document);
+        // A changed clip is not even opened in rclone's cache.
+        fs::write(&path, text.replace("\"Dirty\": false", "\"Dirty\": true")).unwrap();
+        let document = explain(rig);
+        assert_eq!(document["state"], "dirty");
+        assert_eq!(gate(&document, "clean")["pass"], false);
+        assert_eq!(gate(&document, "prime")["pass"], Value::Null);
     });
 }
 

@@ -129,6 +129,7 @@ impl Companion {
 
     /// pread(2), again when a signal interrupts it.
     pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.fresh.store(false, Ordering::Relaxed);
         read_at(&self.file.load(), buffer, offset)
     }
 }

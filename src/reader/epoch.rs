@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 use super::companion::Companion;
 use super::prove::check_read_only;
 use super::pulled::Pulled;
+use super::verify::FileKey;
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
 use crate::cache::rclone::MetadataFile;
@@ -57,6 +58,7 @@ pub(super) struct Epoch {
     metadata: Mutex<MetadataFile>,
     /// The superblock of the clip's mount.
     dev: Dev,
+    key: FileKey,
     /// When all was last seen unchanged, [`coarse_ms`].
     seen_ms: AtomicU64,
     since: Instant,
@@ -73,6 +75,7 @@ impl Epoch {
         path: PathBuf,
         caches_reads: bool,
         dev: Dev,
+        key: FileKey,
     ) -> Self {
         let pieces = proof.ranges.pieces(WINDOW).into_boxed_slice();
         Self {
@@ -84,6 +87,7 @@ impl Epoch {
             pulled: caches_reads.then(Pulled::default),
             metadata: Mutex::new(metadata),
             dev,
+            key,
             seen_ms: AtomicU64::new(coarse_ms()),
             since: Instant::now(),
         }
@@ -95,6 +99,10 @@ impl Epoch {
 
     pub(super) fn cache_path(&self) -> &Path {
         &self.path
+    }
+
+    pub(super) fn key(&self) -> &FileKey {
+        &self.key
     }
 
     pub(super) fn since(&self) -> Instant {

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use super::companion::Companion;
 use super::prove::prove;
-use super::verify::check_quarantine;
 use crate::cache::ranges::Span;
 use crate::cache::trail::{Gate, Step, Trail};
 use crate::optin::{self, OptIn};
@@ -47,9 +46,7 @@ impl Explanation {
             _ => Ok(format!("{} is not 0", optin::VARIABLE)),
         };
         let enabled = trail.note(Gate::Enabled, enabled);
-        let mapped = check_quarantine(&companion)
-            .and_then(|()| prove(&companion, None, &mut trail))
-            .and_then(|epoch| epoch.map());
+        let mapped = prove(&companion, None, &mut trail).and_then(|epoch| epoch.map());
         let size = companion.metadata()?.len();
         let (refusal, ranges) = match enabled.and(mapped) {
             Ok(map) => (None, map),

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::companion::{self, Companion};
 use super::epoch::Epoch;
+use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof;
 use crate::cache::rclone::{self, Clip, Locator};
 use crate::cache::trail::{Gate, Trail};
@@ -41,6 +42,12 @@ pub(super) fn prove(
         })?;
         Ok((mount, located))
     })?;
+    let identity = companion
+        .identity()
+        .map_err(|e| Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::IoError));
+    let identity = trail.failure(Gate::Identity, identity)?;
+    let key = FileKey::new(located.daemon.clone(), identity);
+    check_quarantine(&key)?;
     // Before anything is asked of rclone: for such a mount no answer helps.
     proof::check_mount(&located.mount_facts(), trail)?;
     let inside = mount.inside(&path).ok_or_else(|| {
@@ -64,6 +71,7 @@ pub(super) fn prove(
         located.folders.data_path(&inside),
         located.says_it_caches_reads(),
         mount.dev,
+        key,
     ))
 }
 

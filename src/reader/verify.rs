@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::companion::{self, Companion};
 use super::epoch::Epoch;
+use crate::cache::rclone::Daemon;
 use crate::reason::{Reason, Refusal};
 
 /// How much of what is read from the cache is read through FUSE, too.
@@ -106,7 +107,7 @@ impl Verifier {
         }
         // Of several threads, the first to find one tells.
         let _ = self.mismatch.set(differs);
-        quarantine(companion);
+        quarantine(epoch.key());
         Err(Refusal::new(
             Reason::Quarantined,
             format!(
@@ -144,26 +145,37 @@ fn read_fuse(
     Ok(())
 }
 
-/// Files in which a difference was found in this process, by device and inode:
-/// they have several paths.
-static QUARANTINED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+/// A file as its rclone has it, by whichever path: the daemon, and device and
+/// inode of the superblock that it serves, which another may have after it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct FileKey {
+    daemon: Daemon,
+    identity: (u64, u64),
+}
+
+impl FileKey {
+    pub(super) fn new(daemon: Daemon, identity: (u64, u64)) -> Self {
+        Self { daemon, identity }
+    }
+}
+
+/// Files in which a difference was found, in this process.
+static QUARANTINED: Mutex<Vec<FileKey>> = Mutex::new(Vec::new());
 /// How many there are: every read asks.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 /// So many end every bypass in the process.
 const BREAKER: usize = 2;
 
-fn quarantine(companion: &Companion) {
+fn quarantine(file: &FileKey) {
     let mut files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-    // Where it cannot be told which file it is, count it as another.
-    let file = companion.identity().unwrap_or((0, files.len() as u64));
-    if !files.contains(&file) {
-        files.push(file);
+    if !files.contains(file) {
+        files.push(file.clone());
     }
     COUNT.store(files.len(), Ordering::Release);
 }
 
 /// Whether a file may still be bypassed in this process.
-pub(super) fn check_quarantine(companion: &Companion) -> Result<(), Refusal> {
+pub(super) fn check_quarantine(file: &FileKey) -> Result<(), Refusal> {
     let refuse = |detail| Err(Refusal::new(Reason::Quarantined, detail));
     match COUNT.load(Ordering::Acquire) {
         0 => Ok(()),
@@ -172,10 +184,8 @@ pub(super) fn check_quarantine(companion: &Companion) -> Result<(), Refusal> {
         )),
         _ => {
             let files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = companion.identity().is_ok_and(|file| files.contains(&file));
-            if known {
-                let path = companion.path().display();
-                return refuse(format!("`{path}`: the cache and fuse differed before"));
+            if files.contains(file) {
+                return refuse("the cache and fuse differed in this file before".into());
             }
             Ok(())
         }

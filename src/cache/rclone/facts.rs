@@ -54,11 +54,19 @@ pub(crate) struct Gathered {
 }
 
 /// What the metadata lists before anything was primed: where a prime may read.
-fn advisory(clip: &Clip<'_>) -> Result<Ranges, Refusal> {
+fn advisory(clip: &Clip<'_>, trail: &mut Trail) -> Result<Ranges, Refusal> {
     names::check(clip.inside)?;
     let path = clip.located.folders.metadata_path(clip.inside);
     let ranges = match read_metadata(&path) {
-        Ok(file) => metadata::parse(&file.bytes)?.ranges,
+        Ok(file) => {
+            let metadata = metadata::parse(&file.bytes)?;
+            if metadata.dirty {
+                // Each open of such a clip puts its upload off.
+                let detail = "not uploaded yet, by its metadata";
+                return trail.failure(Gate::Clean, Err(Refusal::new(Reason::Dirty, detail)));
+            }
+            metadata.ranges
+        }
         Err(refusal) if refusal.reason == Reason::NoMetadata && clip.pulled.is_some() => {
             Ranges::default()
         }
@@ -82,7 +90,8 @@ pub(crate) fn gather(
     file: &impl FuseFile,
     trail: &mut Trail,
 ) -> Result<Gathered, Refusal> {
-    let cached = trail.step(Gate::Cached, advisory(clip), |ranges| {
+    let cached = advisory(clip, trail);
+    let cached = trail.step(Gate::Cached, cached, |ranges| {
         format!("{} bytes by the metadata", ranges.bytes())
     })?;
     // Where something is cached, so that rclone downloads nothing for it.
