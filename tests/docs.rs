@@ -43,7 +43,7 @@ fn every_kind_of_mount_names_a_test_that_exists() {
         include_str!("discovery2.rs"),
         include_str!("discovery_rcd.rs"),
         include_str!("../src/cache/rclone/names.rs"),
-        include_str!("../src/cache/rclone/daemon.rs"),
+        include_str!("../src/cache/rclone/start.rs"),
     ]
     .concat();
     let start = REFERENCE.find("## Which mounts are bypassed").unwrap();

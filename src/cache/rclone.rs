@@ -11,6 +11,7 @@ mod locate;
 mod metadata;
 mod names;
 mod sharing;
+mod start;
 
 pub use daemon::Daemon;
 pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};

@@ -23,6 +23,8 @@ pub(super) struct Companion {
     file: ArcSwap<File>,
     /// As the kernel gave it when the file was opened: for display.
     path: PathBuf,
+    /// Whether the kernel gave none; `path` is then what the caller said.
+    nameless: bool,
     writable: bool,
     /// Whether nobody has read through `file`, nor shares its description.
     fresh: AtomicBool,
@@ -59,10 +61,12 @@ impl Companion {
                 "not a regular file that is open for reading",
             ));
         }
+        // It has none where /proc is missing or the path is over long; the
+        // file is then read through FUSE alone, under the name given.
+        let name = fs::read_link(link(&file));
         Ok(Self {
-            // It has none where /proc is missing or the path is over long; the
-            // file is then read through FUSE alone, under the name given.
-            path: fs::read_link(link(&file)).unwrap_or_else(|_| path.to_path_buf()),
+            nameless: name.is_err(),
+            path: name.unwrap_or_else(|_| path.to_path_buf()),
             writable: flags & OFlag::O_ACCMODE != OFlag::O_RDONLY,
             file: ArcSwap::from_pointee(file),
             fresh: AtomicBool::new(fresh),
@@ -75,6 +79,10 @@ impl Companion {
 
     /// Where the file is now: mounts move, and so do folders.
     pub(super) fn current_path(&self) -> Result<PathBuf, Refusal> {
+        if self.nameless {
+            let detail = format!("`{}`: the kernel gave no path for it", self.path.display());
+            return Err(Refusal::new(Reason::IoError, detail));
+        }
         let link = link(&self.file.load());
         fs::read_link(&link).map_err(|e| {
             Refusal::from_io(format_args!("`{}`", link.display()), &e, Reason::IoError)

@@ -267,12 +267,18 @@ impl Epoch {
         if !self.proof.writable {
             check_read_only(self.dev)?;
         }
-        // An error means that the daemon is gone. What it had proven stays
-        // true as long as nobody touches the metadata or the data file.
-        if let Ok(fuse) = companion.metadata()
-            && (fuse.len() != self.proof.size || Timestamp::modified(&fuse) != self.proof.modified)
-        {
-            return Err(changed("is behind what FUSE shows"));
+        match companion.metadata() {
+            Ok(fuse)
+                if fuse.len() == self.proof.size
+                    && Timestamp::modified(&fuse) == self.proof.modified => {}
+            Ok(_) => return Err(changed("is behind what FUSE shows")),
+            // What a daemon that is gone had proven stays true as long as
+            // nobody touches the metadata or the data file.
+            Err(e) if is_without_daemon(&e) => {}
+            Err(e) => {
+                let what = "fstat of the clip through fuse";
+                return Err(Refusal::from_io(what, &e, Reason::IoError));
+            }
         }
         self.seen_ms.store(now, Ordering::Relaxed);
         Ok(())
@@ -359,6 +365,12 @@ impl Epoch {
             format!("{call} of `{}`: {error}", self.path.display()),
         )
     }
+}
+
+/// Whether FUSE answers so because nobody serves the mount any more.
+fn is_without_daemon(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, NotConnected};
+    matches!(error.kind(), NotConnected | ConnectionAborted)
 }
 
 fn changed(what: &str) -> Refusal {

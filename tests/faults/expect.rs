@@ -21,6 +21,9 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
     ("fcntl(1) of", "", "", ""),
     ("fcntl(3) of CLIP", "permission", "io_error", "io_error"),
     ("fcntl(4) of CLIP", "permission", "io_error", "io_error"),
+    ("cachestat of CLIP", "permission", "io_error", "io_error"),
+    // That it is missing is the answer that was hoped for.
+    ("statx BARRIER", "permission", "", "io_error"),
     ("pread of CLIP", "permission", "io_error", "io_error"),
     ("open CLIP", "", "", ""),
     (
@@ -31,7 +34,7 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
     ),
     (
         "readlink /proc/self/fd/CLIP",
-        "permission",
+        "permission io_error",
         "io_error",
         "io_error",
     ),
@@ -52,27 +55,25 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
     ),
     ("statx of /proc/DAEMON/stat", "", "", ""),
     ("close of /proc/DAEMON/stat", "", "", ""),
-    // Daemon is taken for dead, and looked for in vain.
-    (
-        "open /proc/DAEMON/stat",
-        "not_rclone",
-        "not_rclone",
-        "not_rclone",
-    ),
+    // The daemon is taken for dead, and found anew; then it must say since when
+    // it runs.
+    ("open /proc/DAEMON/stat", "io_error", "io_error", "io_error"),
     (
         "read of /proc/DAEMON/stat",
-        "not_rclone",
-        "not_rclone",
-        "not_rclone",
+        "io_error",
+        "io_error",
+        "io_error",
     ),
     // The metadata; where it was proven before, any failure ends the proof.
     ("close of METADATA", "", "", ""),
     (
         "pread of METADATA",
-        "bad_metadata changed permission",
-        "bad_metadata changed io_error",
-        "bad_metadata changed io_error",
+        "permission changed",
+        "no_metadata changed",
+        "io_error bad_metadata changed",
     ),
+    // Only where it is looked at around a read of a writable mount.
+    ("fstat of METADATA", "changed", "changed", "changed"),
     (
         "open METADATA",
         "permission changed",
@@ -92,17 +93,13 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
         "io_error changed",
     ),
     // The cache file; where the daemon hides it, it is looked for by its path.
-    (
-        "statx CACHE",
-        "no_cache_file permission",
-        "no_cache_file",
-        "no_cache_file io_error",
-    ),
+    ("statx CACHE", "permission", "no_cache_file", "io_error"),
+    // To the C library ENOENT is the end of a folder that was removed.
     (
         "getdents of /proc/DAEMON/fd",
-        "no_cache_file permission",
-        "no_cache_file io_error",
-        "no_cache_file io_error",
+        "permission",
+        "no_cache_file",
+        "io_error",
     ),
     (
         "open /proc/DAEMON/fd/DATA",
@@ -114,9 +111,9 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
         "readlink /proc/DAEMON/fd/DATA",
         "permission",
         "no_cache_file",
-        "no_cache_file io_error",
+        "io_error",
     ),
-    ("readlink /proc/DAEMON/fd/", "", "", ""),
+    ("readlink /proc/DAEMON/fd/", "permission", "", "io_error"),
     ("open /proc/DAEMON/fd", "permission", "io_error", "io_error"),
     (
         "fstat of /proc/DAEMON/fd",
@@ -145,6 +142,8 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
         "io_error",
         "io_error",
     ),
+    // The kernel then reads ahead, and what it has is read from there.
+    ("fadvise of CLIP", "page_cache", "page_cache", "page_cache"),
     (
         "pread of DATA",
         "permission io_error",
@@ -163,7 +162,7 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
 const WHILE_LOCATING: (&str, &str, &str) = (
     "permission io_error not_rclone unsupported",
     "io_error not_rclone unsupported",
-    "io_error not_rclone no_metadata ambiguous unsupported",
+    "io_error not_rclone no_metadata no_cache_file ambiguous unsupported",
 );
 
 /// Calls without which no file can be opened through FUSE: their error is the
@@ -172,21 +171,23 @@ fn is_of_open(call: &str) -> bool {
     ["open CLIP", "statx of CLIP", "fcntl(3) of CLIP"].contains(&call)
 }
 
-/// Whether what came of an episode of `command` fits the fault.
-pub fn fits(command: &str, fault: &Fault, outcome: &str) -> bool {
+/// Whether what came of an episode of `command` fits the fault. `usual`: what
+/// comes of it if no call fails.
+pub fn fits(command: &str, fault: &Fault, outcome: &str, usual: &str) -> bool {
     let (phase, call) = fault.site.split_once(": ").unwrap();
     if let Some(error) = outcome.strip_prefix("open error: ") {
         return phase == "open" && is_of_open(call) && is_of(fault.kind, error);
     }
-    if command == "fuse" {
-        // Nothing but FUSE to read by.
-        return match outcome.strip_prefix("read error: ") {
-            Some(error) => call == "pread of CLIP" && is_of(fault.kind, error),
-            None => outcome == "disabled",
-        };
+    if let Some(error) = outcome.strip_prefix("read error: ") {
+        // Where there is nothing but FUSE to read by.
+        let by_fuse = usual != "cache" && phase != "open";
+        return by_fuse && call == "pread of CLIP" && is_of(fault.kind, error);
     }
-    if outcome == "cache" {
+    if outcome == usual {
         return true;
+    }
+    if command == "fuse" {
+        return false;
     }
     let row = FITTING.iter().find(|row| call.starts_with(row.0));
     let (access, missing, other) = match row {
@@ -195,11 +196,15 @@ pub fn fits(command: &str, fault: &Fault, outcome: &str) -> bool {
         None => return false,
     };
     let fitting = match fault.kind {
-        Kind::Error(Errno::EACCES) => access,
+        Kind::Error(Errno::ENOSYS) => "unsupported",
+        Kind::Error(Errno::EACCES | Errno::EPERM) => access,
         Kind::Error(Errno::ENOENT) => missing,
         _ => other,
     };
-    fitting.split(' ').any(|reason| reason == outcome)
+    // Several, where a proof could not be had, and neither could the next, or
+    // where a part was read as usual.
+    let mut reasons = outcome.split('+').filter(|reason| *reason != usual);
+    reasons.all(|reason| fitting.split(' ').any(|fits| fits == reason))
 }
 
 /// Whether an error is the one that was injected; a read that gives nothing

@@ -28,12 +28,19 @@ const OF_THE_RUNTIME: &[c_long] = &[
     libc::SYS_clock_nanosleep,
     libc::SYS_getrandom,
     libc::SYS_sched_yield,
-    // Which kernel this is: it has no error to give.
+    // Which kernel and process this is: they have no error to give.
     libc::SYS_uname,
+    libc::SYS_getpid,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
     libc::SYS_sigaltstack,
 ];
+
+/// The same number on every architecture (include/uapi/asm-generic/unistd.h).
+const SYS_CACHESTAT: c_long = 451;
+
+/// How the name begins whose lookup waits for a rename to be over.
+const BARRIER: &str = ".vmafx-bypass-";
 
 /// What the paths of one mount are called.
 pub struct Names {
@@ -94,7 +101,9 @@ impl Names {
             libc::SYS_close => format!("close of {}", fd(regs.rdi)),
             libc::SYS_lseek => format!("lseek({}) of {}", regs.rdx, fd(regs.rdi)),
             libc::SYS_fcntl => format!("fcntl({}) of {}", regs.rsi, fd(regs.rdi)),
+            libc::SYS_fadvise64 => format!("fadvise of {}", fd(regs.rdi)),
             libc::SYS_poll => "poll".into(),
+            SYS_CACHESTAT => format!("cachestat of {}", fd(regs.rdi)),
             number if OF_THE_RUNTIME.contains(&number) => return None,
             number => panic!(
                 "system call {number} is none of a reader's, unless it panics now; \
@@ -113,6 +122,10 @@ impl Names {
             return (*name).into();
         }
         let text = path.display().to_string();
+        let name = path.file_name().unwrap_or_default().as_bytes();
+        if name.starts_with(BARRIER.as_bytes()) {
+            return "BARRIER".into();
+        }
         let Some(rest) = text.strip_prefix("/proc/") else {
             return text;
         };

@@ -1,14 +1,14 @@
-//! The rclone process behind a mount: which one, and how it was started.
+//! The rclone process behind a mount.
 
-use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use super::start::{Start, is_mounting_rclone, normalize, program_name};
 use crate::mounts::{Mount, MountTable};
 use crate::reason::{Reason, Refusal};
 use crate::sys::{parent, start_time};
@@ -30,10 +30,32 @@ impl Daemon {
         })
     }
 
+    /// `None` where the process has exited.
+    ///
+    /// # Errors
+    /// Where it runs, and cannot be asked since when.
+    fn running(pid: u32) -> Result<Option<Self>, Refusal> {
+        match Self::new(pid) {
+            None if !has_exited(pid) => {
+                let detail = format!("start time of pid {pid} cannot be read");
+                Err(Refusal::new(Reason::IoError, detail))
+            }
+            found => Ok(found),
+        }
+    }
+
     /// Whether it still runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// Whether it runs no more for certain: where it cannot be asked, it may.
+    pub(super) fn has_exited(&self) -> bool {
+        match start_time(self.pid) {
+            Some(start_time) => start_time != self.start_time,
+            None => has_exited(self.pid),
+        }
     }
 
     /// Finds the daemon of a FUSE mount: the one process whose `/dev/fuse`
@@ -66,7 +88,8 @@ impl Daemon {
     /// start or end, none when it is dead.
     ///
     /// # Errors
-    /// [`Reason::Permission`] where there is none, and /proc hides some.
+    /// [`Reason::Permission`] where there is none, and /proc hides some;
+    /// [`Reason::IoError`] where one cannot be asked, which might be it.
     pub(super) fn candidates(mount: &Mount) -> Result<Vec<Self>, Refusal> {
         let pids = pids().map_err(|e| Refusal::from_io("`/proc`", &e, Reason::IoError))?;
         let mut found = Vec::new();
@@ -77,7 +100,7 @@ impl Daemon {
                     found.push(pid);
                 }
                 Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => hidden += 1,
+                Err(e) if denied(&e) => hidden += 1,
                 Err(e) if exited(&e) => {}
                 Err(e) => {
                     let what = format_args!("descriptors of pid {pid}");
@@ -86,18 +109,22 @@ impl Daemon {
             }
         }
         if found.is_empty() {
-            found = pids
-                .into_iter()
-                .filter(|&pid| serves_by_arguments(pid, &mount.point))
-                .collect();
+            for &pid in &pids {
+                if serves_by_arguments(pid, &mount.point)? {
+                    found.push(pid);
+                }
+            }
         }
         if found.len() > 1 {
             // While a mount starts or ends, fusermount3 has the descriptor, too;
             // before it is fusermount3, it is a child that looks like rclone.
-            let all = found.clone();
-            found.retain(|&pid| {
-                is_rclone(pid) && parent(pid).is_some_and(|parent| !all.contains(&parent))
-            });
+            let all = std::mem::take(&mut found);
+            for &pid in &all {
+                let child = parent(pid).is_some_and(|parent| all.contains(&parent));
+                if !child && is_rclone(pid)? {
+                    found.push(pid);
+                }
+            }
         }
         if found.is_empty() && hidden > 0 {
             return Err(Refusal::new(
@@ -108,7 +135,8 @@ impl Daemon {
                 ),
             ));
         }
-        Ok(found.into_iter().filter_map(Self::new).collect())
+        let found = found.into_iter().map(Self::running);
+        found.filter_map(Result::transpose).collect()
     }
 
     /// The FUSE connections that it serves, as minor device numbers; `None` for
@@ -119,10 +147,14 @@ impl Daemon {
 
     /// The paths of what it has open.
     pub(super) fn open_files(&self) -> io::Result<Vec<PathBuf>> {
-        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid))?.flatten();
-        Ok(entries
-            .filter_map(|fd| fs::read_link(fd.path()).ok())
-            .collect())
+        let mut files = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            match fs::read_link(entry?.path()) {
+                Err(e) if exited(&e) => {}
+                target => files.push(target?),
+            }
+        }
+        Ok(files)
     }
 
     /// Its own mount table: that of its mount namespace.
@@ -138,179 +170,44 @@ impl Daemon {
     }
 
     /// How it was started.
+    ///
+    /// /proc shows a process's descriptors, working folder and root to whoever
+    /// may trace it, and its environment to them and some others
+    /// (proc_pid_cwd(5), proc_pid_environ(5)). What alone may not be read is a
+    /// call that has failed.
     pub(super) fn start(&self) -> io::Result<Start> {
-        let environ = fs::read(format!("/proc/{}/environ", self.pid));
-        Ok(Start {
-            arguments: arguments(self.pid)?,
-            environ: environ.ok().map(|bytes| parse_environ(&bytes)),
-            folder: fs::read_link(format!("/proc/{}/cwd", self.pid)).ok(),
-        })
+        let hides_descriptors = || self.connections().is_err_and(|e| denied(&e));
+        let folder = match fs::read_link(format!("/proc/{}/cwd", self.pid)) {
+            Err(e) if denied(&e) && hides_descriptors() => None,
+            folder => Some(folder?),
+        };
+        let environ = match fs::read(format!("/proc/{}/environ", self.pid)) {
+            Err(e) if denied(&e) && folder.is_none() => None,
+            environ => Some(environ?),
+        };
+        let arguments = arguments(self.pid)?;
+        Ok(Start::new(arguments, environ.as_deref(), folder))
     }
 
     /// What to put before an absolute path of the daemon's, so that it leads
     /// to the same file here: nothing where both see the same file systems.
-    pub(super) fn root(&self) -> PathBuf {
+    pub(super) fn root(&self, start: &Start) -> io::Result<PathBuf> {
         let pid = self.pid;
-        let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
-        let root = fs::read_link(format!("/proc/{pid}/root"));
-        match (namespace("self"), namespace(&pid.to_string()), root) {
-            (Ok(own), Ok(its), Ok(root)) if own != its || root != Path::new("/") => {
-                PathBuf::from(format!("/proc/{pid}/root"))
-            }
-            // Where it may not be asked, its paths can only be tried as ours;
-            // the proof's gates tell if they lead to something else.
-            _ => PathBuf::new(),
-        }
-    }
-}
-
-/// A daemon's arguments and environment, as far as they may be read.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Start {
-    arguments: Vec<OsString>,
-    environ: Option<BTreeMap<OsString, OsString>>,
-    folder: Option<PathBuf>,
-}
-
-impl Start {
-    /// The value of a flag, `--name VALUE` or `--name=VALUE`; the last one, as
-    /// in rclone's pflag, else of its environment variable `RCLONE_NAME`.
-    pub(super) fn option(&self, name: &str) -> Option<OsString> {
-        let flag = format!("--{name}");
-        let mut value = None;
-        let mut arguments = self.arguments.iter().skip(1);
-        while let Some(argument) = arguments.next() {
-            let bytes = argument.as_bytes();
-            if bytes == b"--" {
-                break;
-            } else if bytes == flag.as_bytes() {
-                value = arguments.next().cloned();
-            } else if let Some(rest) = bytes.strip_prefix(format!("{flag}=").as_bytes()) {
-                value = Some(OsStr::from_bytes(rest).to_os_string());
-            }
-        }
-        let variable = format!("RCLONE_{}", name.replace('-', "_").to_uppercase());
-        value.or_else(|| self.variable(&variable))
-    }
-
-    fn variable(&self, name: &str) -> Option<OsString> {
-        let value = self.environ.as_ref()?.get(OsStr::new(name))?;
-        (!value.is_empty()).then(|| value.clone())
-    }
-
-    /// Whether a flag that takes no value may be on.
-    pub(super) fn is_on(&self, name: &str) -> bool {
-        let flag = format!("--{name}");
-        self.arguments.iter().any(|a| a == flag.as_str())
-            || self.option(name).is_some_and(|value| value != "false")
-    }
-
-    /// Whether it can have been told to serve anything but one mount, now or later.
-    pub(super) fn may_serve_more(&self) -> bool {
-        self.environ.is_none() || self.is_on("rc") || !is_mounting_rclone(&self.arguments)
-    }
-
-    /// Whether it is certain that RCLONE_DEVNAME is not what a mount's source
-    /// shows: the arguments name the same remote, where the environment is closed.
-    pub(super) fn tells_devname(&self, name: &[u8]) -> bool {
-        self.environ.is_some() || self.remotes().any(|remote| remote == name)
-    }
-
-    /// The arguments after the program's name.
-    pub(super) fn arguments(&self) -> Vec<&OsStr> {
-        self.arguments
-            .iter()
-            .skip(1)
-            .map(OsString::as_os_str)
-            .collect()
-    }
-
-    /// A path among the arguments, absolute.
-    pub(super) fn resolve(&self, path: &OsStr) -> PathBuf {
-        normalize(&self.working_folder().join(path))
-    }
-
-    /// The working folder; empty where it may not be read.
-    pub(super) fn working_folder(&self) -> &Path {
-        self.folder.as_deref().unwrap_or(Path::new(""))
-    }
-
-    /// The names of remotes among the arguments, without connection strings
-    /// and hashes: `web` of `web:sub` and of `web,opt=1:`, `:http` of `:http,url=…:`.
-    pub(super) fn remotes(&self) -> impl Iterator<Item = &[u8]> {
-        let arguments = self.arguments.iter().skip(1).map(|a| a.as_bytes());
-        arguments.filter(|a| !a.starts_with(b"-")).map(|argument| {
-            if argument.starts_with(b"/") || argument.starts_with(b".") {
-                b"local"
-            } else {
-                base_name(argument)
-            }
-        })
-    }
-
-    /// The cache folder, absolute in the daemon's eyes (fs/config/config.go,
-    /// `makeCacheDir`).
-    ///
-    /// # Errors
-    /// [`Reason::Permission`] where it depends on an environment that may not be read.
-    pub(super) fn cache_folder(&self) -> Result<PathBuf, Refusal> {
-        let hidden = |what| {
-            Refusal::new(
-                Reason::Permission,
-                format!("the daemon's {what} may not be read, and so not its cache folder"),
-            )
+        let asked = || {
+            let own = fs::read_link("/proc/self/ns/mnt")?;
+            let its = fs::read_link(format!("/proc/{pid}/ns/mnt"))?;
+            let root = fs::read_link(format!("/proc/{pid}/root"))?;
+            Ok(own == its && root == Path::new("/"))
         };
-        let folder = if let Some(folder) = self.option("cache-dir") {
-            PathBuf::from(folder)
-        } else if self.environ.is_none() {
-            return Err(hidden("environment"));
-        } else if let Some(base) = self.variable("XDG_CACHE_HOME") {
-            if !Path::new(&base).is_absolute() {
-                // Go's os.UserCacheDir took it at first, and later does not.
-                return Err(Refusal::new(
-                    Reason::Unsupported,
-                    "the daemon's XDG_CACHE_HOME is relative, which rclone's versions read differently",
-                ));
-            }
-            PathBuf::from(base).join("rclone")
-        } else if let Some(home) = self.variable("HOME") {
-            PathBuf::from(home).join(".cache/rclone")
-        } else {
-            let temporary = self.variable("TMPDIR").unwrap_or_else(|| "/tmp".into());
-            PathBuf::from(temporary).join("rclone")
-        };
-        if folder.is_absolute() {
-            return Ok(folder);
-        }
-        let base = self
-            .folder
-            .as_ref()
-            .ok_or_else(|| hidden("working folder"))?;
-        Ok(normalize(&base.join(folder)))
-    }
-}
-
-/// A remote's name up to its options, hash or path.
-pub(super) fn base_name(name: &[u8]) -> &[u8] {
-    let rest = name.get(1..).unwrap_or_default();
-    let end = rest.iter().position(|b| b":,{".contains(b));
-    end.map_or(name, |end| &name[..=end])
-}
-
-/// Resolves `.` and `..` by the text alone, as Go's filepath.Clean does.
-pub(super) fn normalize(path: &Path) -> PathBuf {
-    use std::path::Component;
-    let mut out = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                out.pop();
-            }
-            other => out.push(other),
+        match asked() {
+            Ok(true) => Ok(PathBuf::new()),
+            Ok(false) => Ok(PathBuf::from(format!("/proc/{pid}/root"))),
+            // Then its paths can only be tried as ours; the proof's gates tell
+            // if they lead to something else.
+            Err(e) if denied(&e) && start.is_hidden() => Ok(PathBuf::new()),
+            Err(e) => Err(e),
         }
     }
-    out
 }
 
 fn pids() -> io::Result<Vec<u32>> {
@@ -327,15 +224,29 @@ fn pids() -> io::Result<Vec<u32>> {
 }
 
 /// Whether an error from /proc means that the process or descriptor is gone.
-fn exited(error: &io::Error) -> bool {
+pub(super) fn exited(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ESRCH as i32)
+}
+
+/// Whether /proc shows something to others only.
+pub(super) fn denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+/// Whether there is no such process, or a zombie: it has no arguments.
+fn has_exited(pid: u32) -> bool {
+    match arguments(pid) {
+        Ok(arguments) => arguments.iter().all(|argument| argument.is_empty()),
+        Err(e) => exited(&e),
+    }
 }
 
 /// The FUSE connections (minor device numbers) whose `/dev/fuse` a process holds;
 /// `None` where the kernel does not say which.
 fn fuse_connections(pid: u32) -> io::Result<Vec<Option<u32>>> {
     let mut connections = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
         let target = match fs::read_link(entry.path()) {
             Err(e) if exited(&e) => continue,
             target => target?,
@@ -362,74 +273,48 @@ fn arguments(pid: u32) -> io::Result<Vec<OsString>> {
         .collect())
 }
 
-fn parse_environ(bytes: &[u8]) -> BTreeMap<OsString, OsString> {
-    bytes
-        .split(|&b| b == 0)
-        .filter_map(|entry| {
-            let equals = entry.iter().position(|&b| b == b'=')?;
-            let (name, value) = (&entry[..equals], &entry[equals + 1..]);
-            Some((
-                OsStr::from_bytes(name).to_os_string(),
-                OsStr::from_bytes(value).to_os_string(),
-            ))
-        })
-        .collect()
-}
-
-fn program_name(arguments: &[OsString]) -> &[u8] {
-    let program = arguments.first().map(Path::new);
-    let name = program.and_then(Path::file_name);
-    name.map_or(b"", OsStrExt::as_bytes)
-}
-
-/// `rclone mount`, or `mount.rclone` as mount(8) calls it.
-fn is_mounting_rclone(arguments: &[OsString]) -> bool {
-    let name = program_name(arguments);
-    let commands: [&OsStr; 3] = ["mount".as_ref(), "mount2".as_ref(), "cmount".as_ref()];
-    let mounts = || {
-        arguments
-            .iter()
-            .skip(1)
-            .any(|a| commands.contains(&a.as_os_str()))
-    };
-    name == b"mount.rclone" || (name.starts_with(b"rclone") && mounts())
-}
-
 /// Processes that look like an rclone of any command.
 ///
 /// # Errors
 /// Where one cannot be asked, and has not exited.
 pub(super) fn all_rclones() -> Result<Vec<Daemon>, Refusal> {
-    let failed = |what: &str, e: &io::Error| Refusal::from_io(what, e, Reason::IoError);
     let mut found = Vec::new();
-    for pid in pids().map_err(|e| failed("`/proc`", &e))? {
-        match program_of(pid) {
-            Ok(name) if !named_like_rclone(&name) => continue,
-            Ok(_) => {}
-            Err(e) if exited(&e) => continue,
-            Err(e) => return Err(failed(&format!("name of pid {pid}"), &e)),
-        }
-        match arguments(pid) {
-            Ok(arguments) if !named_like_rclone(program_name(&arguments)) => {}
-            Ok(_) => match Daemon::new(pid) {
-                Some(daemon) => found.push(daemon),
-                None if !Path::new(&format!("/proc/{pid}")).exists() => {}
-                None => {
-                    let detail = format!("start time of pid {pid} cannot be read");
-                    return Err(Refusal::new(Reason::IoError, detail));
-                }
-            },
-            Err(e) if exited(&e) => {}
-            Err(e) => return Err(failed(&format!("arguments of pid {pid}"), &e)),
+    for pid in pids().map_err(|e| Refusal::from_io("`/proc`", &e, Reason::IoError))? {
+        if is_rclone(pid)? {
+            found.extend(Daemon::running(pid)?);
         }
     }
     Ok(found)
 }
 
+/// Whether a process looks like an rclone of any command.
+///
+/// # Errors
+/// Where it cannot be asked, and has not exited.
+fn is_rclone(pid: u32) -> Result<bool, Refusal> {
+    Ok(rclones_arguments(pid)?.is_some())
+}
+
+/// The arguments of a process that looks like an rclone of any command.
+///
 /// By its program's file first: the arguments of a process that waits for a
 /// page of a hung mount cannot be read before it has it.
-fn is_rclone(pid: u32) -> bool {
-    program_of(pid).is_ok_and(|name| named_like_rclone(&name)) && has_rclones_arguments(pid)
+fn rclones_arguments(pid: u32) -> Result<Option<Vec<OsString>>, Refusal> {
+    let failed = |what: &str, e: &io::Error| {
+        let what = format_args!("{what} of pid {pid}");
+        Err(Refusal::from_io(what, e, Reason::IoError))
+    };
+    match program_of(pid) {
+        Ok(name) if !named_like_rclone(&name) => return Ok(None),
+        Ok(_) => {}
+        Err(e) if exited(&e) => return Ok(None),
+        Err(e) => return failed("name", &e),
+    }
+    match arguments(pid) {
+        Ok(arguments) => Ok(Some(arguments).filter(|a| named_like_rclone(program_name(a)))),
+        Err(e) if exited(&e) => Ok(None),
+        Err(e) => failed("arguments", &e),
+    }
 }
 
 /// The name of a process's program, its first 15 bytes.
@@ -441,80 +326,28 @@ fn named_like_rclone(name: &[u8]) -> bool {
     name.starts_with(b"rclone") || name.trim_ascii_end() == b"mount.rclone"
 }
 
-fn has_rclones_arguments(pid: u32) -> bool {
-    arguments(pid).is_ok_and(|arguments| named_like_rclone(program_name(&arguments)))
-}
-
 /// Whether a process looks like `rclone mount … POINT`.
-fn serves_by_arguments(pid: u32, point: &Path) -> bool {
-    if !is_rclone(pid) {
-        return false;
-    }
-    let Ok(arguments) = arguments(pid) else {
-        return false;
+fn serves_by_arguments(pid: u32, point: &Path) -> Result<bool, Refusal> {
+    let Some(arguments) = rclones_arguments(pid)?.filter(|a| is_mounting_rclone(a)) else {
+        return Ok(false);
     };
-    let folder = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-    is_mounting_rclone(&arguments)
-        && arguments
-            .iter()
-            .skip(1)
-            .any(|a| !a.is_empty() && normalize(&folder.join(a)) == point)
+    let folder = match fs::read_link(format!("/proc/{pid}/cwd")) {
+        Ok(folder) => folder,
+        Err(e) if exited(&e) => return Ok(false),
+        // Then only absolute arguments can be told.
+        Err(e) if denied(&e) => PathBuf::new(),
+        Err(e) => {
+            let what = format_args!("working folder of pid {pid}");
+            return Err(Refusal::from_io(what, &e, Reason::IoError));
+        }
+    };
+    let mut arguments = arguments.iter().skip(1);
+    Ok(arguments.any(|a| !a.is_empty() && normalize(&folder.join(a)) == point))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn start(arguments: &[&str], environ: Option<&[u8]>, folder: Option<&str>) -> Start {
-        Start {
-            arguments: arguments.iter().map(Into::into).collect(),
-            environ: environ.map(parse_environ),
-            folder: folder.map(PathBuf::from),
-        }
-    }
-
-    #[test]
-    fn the_cache_folder_follows_rclone() {
-        let folder = |a: &[&str], e: Option<&[u8]>, d: Option<&str>| {
-            start(a, e, d).cache_folder().map_err(|r| r.reason)
-        };
-        let none: Option<&[u8]> = Some(b"");
-        for (got, expected) in [
-            (folder(&["r", "--cache-dir", "/c"], None, None), "/c"),
-            (
-                folder(&["r", "--cache-dir=/c", "--cache-dir=/d"], None, None),
-                "/d",
-            ),
-            (
-                folder(&["r", "--cache-dir", "c/../d"], None, Some("/w")),
-                "/w/d",
-            ),
-            (
-                folder(&["r", "--", "--cache-dir=/c"], Some(b"HOME=/h\0"), None),
-                "/h/.cache/rclone",
-            ),
-            (
-                folder(&["r"], Some(b"RCLONE_CACHE_DIR=e\0HOME=/h\0"), Some("/w")),
-                "/w/e",
-            ),
-            (
-                folder(&["r"], Some(b"XDG_CACHE_HOME=/x\0HOME=/h\0"), None),
-                "/x/rclone",
-            ),
-            (folder(&["r"], none, None), "/tmp/rclone"),
-        ] {
-            assert_eq!(got.unwrap(), Path::new(expected));
-        }
-        assert_eq!(
-            folder(&["r"], Some(b"XDG_CACHE_HOME=x\0HOME=/h\0"), Some("/w")),
-            Err(Reason::Unsupported)
-        );
-        assert_eq!(folder(&["r"], None, None), Err(Reason::Permission));
-        assert_eq!(
-            folder(&["r", "--cache-dir", "c"], none, None),
-            Err(Reason::Permission)
-        );
-    }
 
     #[test]
     fn a_process_is_alive_until_it_is_not() {

@@ -1,7 +1,6 @@
 //! Gathers the facts of a proof, in the order that the protocol asks for.
 
 use std::ffi::OsStr;
-use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::OFlag;
 
+use super::daemon::{denied, exited};
 use super::locate::Located;
 use super::metadata::{self, MetadataFile, read_metadata};
 use super::names;
@@ -142,10 +142,14 @@ pub(crate) fn gather(
 
 /// The refusal that a failed cachestat(2) means.
 pub(crate) fn no_cachestat(error: io::Error) -> Refusal {
+    let otherwise = match error.kind() {
+        io::ErrorKind::Unsupported => Reason::Unsupported,
+        _ => Reason::IoError,
+    };
     Refusal::from_io(
         "cachestat, which tells whether programs have changed the clip",
         &error,
-        Reason::Unsupported,
+        otherwise,
     )
 }
 
@@ -246,14 +250,11 @@ fn rename_barrier(path: &Path) -> Result<(), Refusal> {
         COUNT.fetch_add(1, Ordering::Relaxed)
     );
     let path = path.with_file_name(name);
-    let refuse = |what: &dyn fmt::Display| {
-        let detail = format!("rename barrier `{}`: {what}", path.display());
-        Err(Refusal::new(Reason::IoError, detail))
-    };
+    let what = format!("rename barrier `{}`", path.display());
     match fs::symlink_metadata(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => refuse(&e),
-        Ok(_) => refuse(&"exists"),
+        Err(e) => Err(Refusal::from_io(what, &e, Reason::IoError)),
+        Ok(_) => Err(Refusal::new(Reason::IoError, format!("{what} exists"))),
     }
 }
 
@@ -272,7 +273,7 @@ fn open_data(located: &Located, inside: &Path) -> Result<(File, bool), Refusal> 
         Ok(Held::None) => refuse(Reason::NoCacheFile, "does not have open"),
         Ok(Held::Deleted) => refuse(Reason::Changed, "still reads a deleted"),
         Ok(Held::Several) => refuse(Reason::Ambiguous, "has several files named"),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+        Err(e) if denied(&e) && located.hidden => {
             if !located.cache_mode_full {
                 return refuse(Reason::Permission, "does not show whether it reads");
             }
@@ -324,12 +325,12 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         tail.clone()
     };
     let mut found: Option<(File, (u64, u64))> = None;
-    for entry in fs::read_dir(format!("/proc/{}/fd", located.daemon.pid))?.flatten() {
+    for entry in fs::read_dir(format!("/proc/{}/fd", located.daemon.pid))? {
+        let entry = entry?;
         let target = match fs::read_link(entry.path()) {
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
             // It was closed.
-            Err(_) => continue,
-            Ok(target) => target,
+            Err(e) if exited(&e) => continue,
+            target => target?,
         };
         let Some((folder, deleted)) = split_tail(&target, &end) else {
             continue;
@@ -339,7 +340,8 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         } else {
             folders.is_cache(&folder)
         };
-        if !is_data {
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("`{}`: {e}", folder.display()));
+        if !is_data.map_err(named)? {
             continue;
         }
         if deleted {
@@ -348,7 +350,7 @@ fn held_by_daemon(located: &Located, inside: &Path) -> io::Result<Held> {
         // Through /proc it is the file itself, whatever its path leads to by
         // now. The number may have been reused since, so ask what was opened.
         let file = match open_read_only(&entry.path()) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) if exited(&e) => continue,
             opened => opened?,
         };
         if fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))? != target {

@@ -10,8 +10,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::daemon::{base_name, normalize};
+use super::locate::names_nothing;
 use super::names;
+use super::start::{base_name, normalize};
 
 /// The arguments that may be the remote: those before the mount point. One that
 /// follows no flag is it for certain, for a flag takes one value at most and
@@ -87,8 +88,14 @@ pub(super) fn folders(vfs: &Path, remote: &OsStr, folder: &Path) -> io::Result<V
         let entry = entry?.file_name();
         let rest = entry.as_bytes().strip_prefix(name.as_slice());
         if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"{")) {
-            let existing = roots.iter().map(|root| Path::new(&entry).join(root));
-            found.extend(existing.filter(|tail| vfs.join(tail).is_dir()));
+            for tail in roots.iter().map(|root| Path::new(&entry).join(root)) {
+                match fs::metadata(vfs.join(&tail)) {
+                    Ok(existing) if existing.is_dir() => found.push(tail),
+                    Ok(_) => {}
+                    Err(e) if names_nothing(&e) => {}
+                    Err(e) => return Err(e),
+                }
+            }
         }
     }
     Ok(found)

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +14,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::daemon::{Daemon, Start, base_name};
+use super::daemon::{Daemon, denied};
+use super::start::{Start, base_name};
 use super::{hidden, names, sharing};
 use crate::cache::proof::MountFacts;
 use crate::mounts::{Dev, Mount, MountTable, split_source};
@@ -60,11 +62,16 @@ impl Folders {
     }
 
     /// Whether a path, in the daemon's eyes, is in the cache folder's data tree.
-    pub(super) fn is_in_data_tree(&self, path: &Path) -> bool {
-        let mut trees = path
+    pub(super) fn is_in_data_tree(&self, path: &Path) -> io::Result<bool> {
+        let trees = path
             .ancestors()
             .filter(|a| a.file_name() == Some("vfs".as_ref()));
-        trees.any(|tree| tree.parent().is_some_and(|cache| self.is_cache(cache)))
+        for cache in trees.filter_map(Path::parent) {
+            if self.is_cache(cache)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The data file of a clip below the cache folder.
@@ -79,9 +86,9 @@ impl Folders {
     }
 
     /// Whether a folder, in the daemon's eyes, is the cache folder.
-    pub(super) fn is_cache(&self, folder: &Path) -> bool {
-        let own = identity(&self.cache_folder());
-        own.is_some() && identity(&under(&self.daemon_root, folder)) == own
+    pub(super) fn is_cache(&self, folder: &Path) -> io::Result<bool> {
+        let own = identity(&self.cache_folder())?;
+        Ok(own.is_some() && identity(&under(&self.daemon_root, folder))? == own)
     }
 
     /// The data file of a clip, as it can be opened here. `inside` is its path
@@ -112,6 +119,8 @@ pub struct Located {
     pub folders: Folders,
     /// Whether the daemon was started with `--vfs-cache-mode full`.
     pub(super) cache_mode_full: bool,
+    /// Whether its descriptors may not be listed.
+    pub(super) hidden: bool,
 }
 
 impl Located {
@@ -131,10 +140,13 @@ impl Located {
         let mode = start.option("vfs-cache-mode");
         let cache_mode_full = mode.is_some_and(|mode| mode.eq_ignore_ascii_case("full"));
         let mut folders = Folders {
-            daemon_root: daemon.root(),
+            daemon_root: daemon.root(&start).map_err(|e| {
+                let what = format_args!("root folder of pid {}", daemon.pid);
+                Refusal::from_io(what, &e, Reason::IoError)
+            })?,
             ..Folders::new(mount, start.cache_folder()?)
         };
-        check_connections(mount, table, &daemon)?;
+        check_connections(mount, table, &daemon, &start)?;
         if start.is_on("vfs-case-insensitive") {
             let point = mount.point.display();
             let detail = format!("`{point}`: --vfs-case-insensitive finds clips by other names");
@@ -166,6 +178,7 @@ impl Located {
             read_only: mount.read_only,
             shared_with: sharing::shares_cache(mount, table, &daemon, &folders)?,
             cache_mode_full,
+            hidden: start.is_hidden(),
             folders,
             daemon,
         })
@@ -175,10 +188,16 @@ impl Located {
 /// A daemon may serve several mounts (`rclone rcd`). One that is not in our
 /// table, because it is in another namespace or was detached while in use, may
 /// be of the very remote that this one only says to be.
-fn check_connections(mount: &Mount, table: &MountTable, daemon: &Daemon) -> Result<(), Refusal> {
-    let Ok(connections) = daemon.connections() else {
-        // Then its descriptors may not be listed, and the path alone is left.
-        return Ok(());
+fn check_connections(
+    mount: &Mount,
+    table: &MountTable,
+    daemon: &Daemon,
+    start: &Start,
+) -> Result<(), Refusal> {
+    let connections = match daemon.connections() {
+        // The path alone is left.
+        Err(e) if denied(&e) && start.is_hidden() => return Ok(()),
+        connections => connections.map_err(|e| no_descriptors(daemon, &e))?,
     };
     let is_seen = |minor: u32| table.iter().any(|m| m.dev == Dev::new(0, minor));
     let unseen = connections
@@ -207,7 +226,9 @@ fn check_source(mount: &Mount, folders: &Folders) -> Result<(), Refusal> {
         return Ok(());
     };
     let local = folders.cache.join("vfs").join(local);
-    if !under(&folders.daemon_root, &local).exists() {
+    let exists = under(&folders.daemon_root, &local).try_exists();
+    let what = format_args!("`{}`", local.display());
+    if !exists.map_err(|e| Refusal::from_io(what, &e, Reason::IoError))? {
         return Ok(());
     }
     Err(Refusal::new(
@@ -245,10 +266,9 @@ fn hidden_remote(
     start: &Start,
     folders: &Folders,
 ) -> Result<PathBuf, Refusal> {
-    let open = daemon.connections().map_err(|e| {
-        let what = format_args!("descriptors of pid {}", daemon.pid);
-        Refusal::from_io(what, &e, Reason::IoError)
-    })?;
+    let open = daemon
+        .connections()
+        .map_err(|e| no_descriptors(daemon, &e))?;
     if open.len() != 1 || start.may_serve_more() {
         return Err(hidden_by_devname(mount, "and its rclone may serve others"));
     }
@@ -269,17 +289,25 @@ fn hidden_remote(
     }
     if found.len() > 1 {
         // The same remote with and without options, or by two rclones in turn.
-        let open = daemon.open_files().map_err(|e| {
-            let what = format_args!("descriptors of pid {}", daemon.pid);
-            Refusal::from_io(what, &e, Reason::IoError)
-        })?;
-        let in_use = |remote: &PathBuf| {
+        let open = daemon
+            .open_files()
+            .map_err(|e| no_descriptors(daemon, &e))?;
+        let existing = std::mem::take(&mut found);
+        for remote in existing {
             let cache = open.iter().flat_map(|file| file.ancestors().skip(1));
-            let tail = Path::new("vfs").join(remote);
-            let mut parents = cache.filter_map(|a| strip_end(a, &tail));
-            parents.any(|parent| folders.is_cache(&parent))
-        };
-        found.retain(in_use);
+            let tail = Path::new("vfs").join(&remote);
+            let parents: BTreeSet<PathBuf> = cache.filter_map(|a| strip_end(a, &tail)).collect();
+            for parent in parents {
+                let is_cache = folders.is_cache(&parent).map_err(|e| {
+                    let what = format_args!("`{}`", parent.display());
+                    Refusal::from_io(what, &e, Reason::IoError)
+                });
+                if is_cache? {
+                    found.insert(remote);
+                    break;
+                }
+            }
+        }
         if found.len() != 1 {
             return Err(Refusal::new(
                 Reason::Ambiguous,
@@ -293,6 +321,11 @@ fn hidden_remote(
     found
         .pop_first()
         .ok_or_else(|| hidden_by_devname(mount, "and no argument leads to a cache folder"))
+}
+
+fn no_descriptors(daemon: &Daemon, error: &io::Error) -> Refusal {
+    let what = format_args!("descriptors of pid {}", daemon.pid);
+    Refusal::from_io(what, error, Reason::IoError)
 }
 
 /// A path without the components at its end.
@@ -349,16 +382,27 @@ pub(super) fn first_name(remote: &Path) -> &[u8] {
     base_name(name.as_bytes())
 }
 
-/// A folder's device and inode, by whichever path it is reached.
-pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+/// A folder's device and inode, by whichever path it is reached; `None` where
+/// there is none.
+fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match fs::metadata(path) {
+        Ok(folder) => Ok(Some((folder.dev(), folder.ino()))),
+        Err(e) if names_nothing(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether an error means that nothing is at a path.
+pub(super) fn names_nothing(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory)
 }
 
 /// After this long a cache that was shared is looked at again: the other
 /// rclone may have ended, of which the mount table need not tell.
 const SHARED_AGAIN: Duration = Duration::from_secs(1);
 
-fn no_mountinfo(error: std::io::Error) -> Refusal {
+fn no_mountinfo(error: io::Error) -> Refusal {
     Refusal::from_io("`/proc/self/mountinfo`", &error, Reason::IoError)
 }
 
@@ -371,7 +415,7 @@ pub struct Locator {
 }
 
 impl Locator {
-    fn new() -> std::io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let changes = File::open("/proc/self/mountinfo")?;
         Ok(Self {
             changes,

@@ -5,11 +5,12 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::daemon::{Daemon, Start, all_rclones};
+use super::daemon::{Daemon, all_rclones, denied};
 use super::locate::{
     Folders, first_name, local_folder, name_and_root, remote_folder, start_of, under,
 };
 use super::names;
+use super::start::Start;
 use crate::mounts::{Dev, Mount, MountTable};
 use crate::reason::{Reason, Refusal};
 
@@ -38,19 +39,22 @@ pub(super) fn shares_cache(
     };
     let same_cache = |daemon: &Daemon, start: &Start| {
         let Ok(folder) = start.cache_folder() else {
-            return daemon.is_alive();
+            return !daemon.has_exited();
         };
-        match fs::metadata(under(&daemon.root(), &folder)) {
+        let its = daemon
+            .root(start)
+            .and_then(|root| fs::metadata(under(&root, &folder)));
+        match its {
             Ok(other) => (other.dev(), other.ino()) == own_cache,
             // Ours exists; a folder that does not is another's. Nor does a
             // process share it that has exited meanwhile.
-            Err(e) => e.kind() != io::ErrorKind::NotFound && daemon.is_alive(),
+            Err(e) => e.kind() != io::ErrorKind::NotFound && !daemon.has_exited(),
         }
     };
     // One that has exited shares nothing.
     let started = |daemon: &Daemon| match start_of(daemon) {
         Ok(start) => Ok(Some(start)),
-        Err(_) if !daemon.is_alive() => Ok(None),
+        Err(_) if daemon.has_exited() => Ok(None),
         Err(refusal) => Err(refusal),
     };
     for other in table.iter().filter(|m| m.is_rclone() && m.dev != mount.dev) {
@@ -59,6 +63,7 @@ pub(super) fn shares_cache(
         let servers = match Daemon::candidates(other) {
             Ok(servers) => servers,
             Err(refusal) if overlaps => return Ok(Some(format!("perhaps `{point}`: {refusal}"))),
+            // Should it be hidden by its name, too, its daemon is met below.
             Err(_) => continue,
         };
         // Of several that may serve it, each counts; and so does our own, which
@@ -77,10 +82,24 @@ pub(super) fn shares_cache(
         let Some(start) = started(daemon)? else {
             continue;
         };
+        let connections = match daemon.connections() {
+            Ok(connections) => connections,
+            Err(_) if daemon.has_exited() => continue,
+            // Its arguments alone tell, then.
+            Err(e) if denied(&e) && start.is_hidden() => Vec::new(),
+            Err(e) => {
+                let what = format_args!("descriptors of pid {}", daemon.pid);
+                return Err(Refusal::from_io(what, &e, Reason::IoError));
+            }
+        };
         let named = || start.remotes().any(|remote| remote == name);
-        let uses = !serves_mounts_alone(daemon, &start) && named();
-        let elsewhere = || mounts_elsewhere(daemon, table, &start, folders.remote());
-        if (uses || elsewhere()) && same_cache(daemon, &start) && !daemon.is_forked_from(own) {
+        let uses = !serves_mounts_alone(&connections, &start) && named();
+        // Which others of our table a daemon serves was asked above, where the
+        // answer may have been none.
+        let others = connections.iter().flatten();
+        let mut others = others.filter(|&&minor| minor != mount.dev.minor());
+        let mut mounts = || others.any(|&minor| may_use(minor, daemon, table, &start, folders));
+        if (uses || mounts()) && same_cache(daemon, &start) && !daemon.is_forked_from(own) {
             return Ok(Some(format!("pid {}", daemon.pid)));
         }
     }
@@ -96,31 +115,26 @@ fn may_overlap(mount: &Mount, remote: &Path) -> bool {
 }
 
 /// Whether all that a daemon does with remotes shows in mount tables.
-fn serves_mounts_alone(daemon: &Daemon, start: &Start) -> bool {
-    !start.may_serve_more()
-        && daemon
-            .connections()
-            .is_ok_and(|all| !all.is_empty() && all.iter().all(Option::is_some))
+fn serves_mounts_alone(connections: &[Option<u32>], start: &Start) -> bool {
+    !start.may_serve_more() && !connections.is_empty() && connections.iter().all(Option::is_some)
 }
 
-/// Whether a daemon serves a mount that is not in our table, and that may use
-/// the cache of `remote`: its own table has those of its mount namespace.
-fn mounts_elsewhere(daemon: &Daemon, table: &MountTable, start: &Start, remote: &Path) -> bool {
-    let Ok(connections) = daemon.connections() else {
-        return false;
+/// Whether a mount that a daemon serves, by its minor device number, may use
+/// the cache in `folders`. One that is not in our table is in the daemon's own,
+/// that of its mount namespace.
+fn may_use(
+    minor: u32,
+    daemon: &Daemon,
+    table: &MountTable,
+    start: &Start,
+    folders: &Folders,
+) -> bool {
+    let overlaps = |table: &MountTable| {
+        let mut mounts = table.iter();
+        let mount = mounts.find(|m| m.dev == Dev::new(0, minor))?;
+        Some(start.option("devname").is_some() || may_overlap(mount, folders.remote()))
     };
-    let is_of = |m: &Mount, minor: u32| m.dev == Dev::new(0, minor);
-    let mut elsewhere = connections
-        .into_iter()
-        .flatten()
-        .filter(|&minor| !table.iter().any(|m| is_of(m, minor)))
-        .peekable();
-    if elsewhere.peek().is_none() {
-        return false;
-    }
-    let its = daemon.mounts().unwrap_or_default();
-    elsewhere.any(|minor| match its.iter().find(|m| is_of(m, minor)) {
-        Some(mount) => start.option("devname").is_some() || may_overlap(mount, remote),
-        None => true,
-    })
+    let elsewhere = || overlaps(&daemon.mounts().ok()?);
+    // What cannot be looked up may be any mount.
+    overlaps(table).or_else(elsewhere).unwrap_or(true)
 }
