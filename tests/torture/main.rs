@@ -145,6 +145,11 @@ fn report(outcome: &Outcome) -> String {
     );
     let _ = writeln!(
         text,
+        "  from the cache by clip: {:?}",
+        tally.cache_bytes_by_clip
+    );
+    let _ = writeln!(
+        text,
         "  through FUSE by reason: {:?}",
         tally.fuse_bytes_by_reason
     );

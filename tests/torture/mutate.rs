@@ -132,16 +132,24 @@ impl World {
     pub fn change_by_mount(&self, clips: &[Clip], spare: &Clip, seed: u64) {
         let mut random = Random::new(seed);
         let mut mapper = Mapper::default();
-        // What only the kernel knows of is the hardest to see: more of these.
-        let kinds = MOUNT_KINDS
-            .iter()
-            .chain(&["store and hold", "write and hold"]);
-        for kind in kinds.cycle() {
-            // Mostly one for each clip's turn, once readers have it open: after
-            // that it is dirty, and refused.
+        for kind in MOUNT_KINDS.iter().cycle() {
+            // Once readers have the clip open whose turn it is. After a first
+            // write it is dirty, and refused; so what only the kernel knows of,
+            // the hardest to see, mostly comes first.
             if !random.one_in(4) {
                 let turn = HOT_MS - now() / 1_000_000 % HOT_MS;
-                self.pause(turn + random.between(200, 800));
+                self.pause(turn + random.between(200, 500));
+            }
+            if !random.one_in(3) {
+                let first = random.of(&["store and hold", "store and hold", "write and hold"]);
+                // It comes again in its own place.
+                let _ = self.change(
+                    hot(clips, &mut random),
+                    spare,
+                    first,
+                    &mut random,
+                    &mut mapper,
+                );
             }
             let mut tries = 0;
             // While the daemon is being replaced, nothing works.
@@ -185,10 +193,7 @@ impl World {
             .map(|_| self.journal.stamp(clip.file))
             .collect();
         let stamp = stamps[stamps.len() - 1];
-        let (offset, mut length) = Self::place(size.max(1), random);
-        if several {
-            length = length.min(STORED);
-        }
+        let (offset, length) = Self::place(size.max(1), several, random);
         let bytes = |offset: u64, length: u64| content(stamp, offset, length as usize);
         let resized = Effects {
             resized: true,
@@ -214,7 +219,7 @@ impl World {
             }
             _ => (Effects::default(), format!("at {offset} +{length}")),
         };
-        let hold = random.between(200, 1_200);
+        let hold = random.between(300, 1_200);
         // With --write-back-cache the kernel reads around what is written,
         // which rclone refuses a descriptor that is open for writing alone.
         let readable = random.one_in(2);
@@ -289,15 +294,19 @@ impl World {
     }
 
     /// A place in a file for a write of at least four cells: of any alignment,
-    /// or of whole pages.
-    fn place(size: u64, random: &mut Random) -> (u64, u64) {
+    /// or of whole pages; a small, hot one for what is written `often`.
+    fn place(size: u64, often: bool, random: &mut Random) -> (u64, u64) {
+        if often {
+            let length = random.between(64, STORED);
+            return (hot_place(size, random).min(size - length), length);
+        }
         let most = *random.of(&[4 * KIB, 64 * KIB]);
         let length = random.between(64, most).min(size / 2).max(64);
         let end = (size - length.min(size - 1)).max(1);
         let offset = if random.one_in(3) {
             random.below(end)
         } else {
-            hot_place(size, random).min(end)
+            hot_place(size, random).min(end - 1)
         };
         if random.one_in(3) {
             return (offset & !4_095, (length + 4_095) & !4_095);

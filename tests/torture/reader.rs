@@ -29,7 +29,7 @@ const READ_AHEAD_AGE: Duration = Duration::from_millis(1_100);
 /// Clips rest in turn, so that rclone closes them and writes their metadata.
 const REST_MS: u64 = 1_500;
 /// How long a clip is hot.
-pub const HOT_MS: u64 = 1_200;
+pub const HOT_MS: u64 = 1_800;
 /// How long dozing clips doze, and wake.
 const DOZE_MS: u64 = 8_500;
 /// Findings of a read that are told.
@@ -56,7 +56,7 @@ pub fn hot<'a>(group: &'a [Clip], random: &mut Random) -> &'a Clip {
 /// Where a file of this size is changed, and read, more than elsewhere just now.
 pub fn hot_place(size: u64, random: &mut Random) -> u64 {
     let place = Random::new(now() / 1_000_000 / HOT_MS + 1).below(size.max(1));
-    place.saturating_sub(random.below(4_096)) + random.below(4_096)
+    place.saturating_sub(random.below(256)) + random.below(256)
 }
 
 /// Reads until it is to stop.
@@ -152,7 +152,12 @@ impl Reader<'_> {
             awake.extend(&task.clips);
         }
         let clip = if !task.groups.is_empty() && !self.random.one_in(4) {
-            let group = self.random.of(&task.groups);
+            // The last group is what is written through the mount, if it can be.
+            let last = task.groups.len() - 1;
+            let group = match self.random.below(3) {
+                0 => self.random.of(&task.groups),
+                _ => &task.groups[last],
+            };
             hot(group, &mut self.random)
         } else {
             *self.random.of(&awake)
@@ -212,6 +217,8 @@ impl Reader<'_> {
         self.tally.cache_bytes += stats.cache_bytes;
         let kind = format!("{kind:?}");
         *self.tally.cache_bytes_by_kind.entry(kind).or_default() += stats.cache_bytes;
+        let name = session.clip.name.clone();
+        *self.tally.cache_bytes_by_clip.entry(name).or_default() += stats.cache_bytes;
     }
 
     fn error(&mut self, call: &str, error: &io::Error) {
@@ -312,7 +319,7 @@ impl Reader<'_> {
     ) -> Before {
         // What programs store in shared mappings shows in the page cache first.
         if self.task.writable
-            && self.random.one_in(2)
+            && !self.random.one_in(3)
             && let Some(held) = &session.held
         {
             return Before {

@@ -76,6 +76,7 @@ pub struct Tally {
     pub bytes: u64,
     pub cache_bytes: u64,
     pub cache_bytes_by_kind: BTreeMap<String, u64>,
+    pub cache_bytes_by_clip: BTreeMap<String, u64>,
     pub fuse_bytes_by_reason: BTreeMap<String, u64>,
     /// Refusals that a file was opened with.
     pub refused_opens: BTreeMap<String, u64>,
@@ -103,6 +104,7 @@ impl Tally {
         self.bytes += other.bytes;
         self.cache_bytes += other.cache_bytes;
         sum(&mut self.cache_bytes_by_kind, other.cache_bytes_by_kind);
+        sum(&mut self.cache_bytes_by_clip, other.cache_bytes_by_clip);
         sum(&mut self.fuse_bytes_by_reason, other.fuse_bytes_by_reason);
         sum(&mut self.refused_opens, other.refused_opens);
         self.opens += other.opens;
