@@ -32,7 +32,13 @@ pub fn read(path: &Path, way: Way, offset: u64, length: usize) -> io::Result<Vie
         .read(true)
         .custom_flags(flags.bits())
         .open(path)?;
-    read_from(&file, offset, length)
+    match read_from(&file, offset, length) {
+        // Local file systems want whole blocks; FUSE does not.
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput && way == Way::Direct => {
+            read(path, Way::Fresh, offset, length)
+        }
+        result => result,
+    }
 }
 
 /// As [`read`], by a new description of an open file, wherever it is now.
