@@ -136,10 +136,11 @@ fn dirty_metadata_ends_the_proof() {
 
 #[test]
 fn metadata_of_another_version_ends_the_proof() {
+    // A time that is one: of the decade before.
     let older = |text: String| {
         text.replace(
-            "\"Fingerprint\": \"1048576,20",
-            "\"Fingerprint\": \"1048576,19",
+            "\"Fingerprint\": \"1048576,202",
+            "\"Fingerprint\": \"1048576,201",
         )
     };
     with_metadata(older, Reason::StaleMetadata);
