@@ -300,7 +300,6 @@ fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts:
                     watch(daemon, rig);
                     mounted
                 });
-        // rclone can fail to start by itself: it is tried again, and counted.
         match done {
             Ok(()) => {
                 graceful = !graceful;
@@ -309,6 +308,14 @@ fn keep(rig: &mut Rig, world: &World, daemon: &AtomicU32, quiet: &[Clip], lasts:
             }
             Err(e) => {
                 failures += 1;
+                // 1.60.1 does not start on a cache with a clip that was extended
+                // and not uploaded, over a shorter one at the remote: it tries
+                // for ever to fetch what is beyond its end.
+                rig.unmount();
+                for part in ["vfs", "vfsMeta"] {
+                    // Not there where it failed before.
+                    let _ = fs::remove_dir_all(rig.cache().join(part));
+                }
                 assert!(failures < 5, "rclone must mount again: {e}");
                 // Some changes that it had not uploaded it never gets over: it
                 // tries again and again before it mounts.
