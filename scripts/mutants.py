@@ -33,12 +33,12 @@ class Gate:
         self.name, self.edits, self.tests, self.reason = name, edits, tests, reason
 
 
-UNWRITTEN = """        if unwritten()? {
-            return Ok(Outcome::Fuse(length, Reason::Dirty));
+LOOK = """        if has_pages()? {
+            return by_fuse;
         }
 """
-BEFORE = UNWRITTEN + "        self.pread(buffer, offset)?;\n"
-AFTER = UNWRITTEN + "        Ok(Outcome::Cache(length))\n"
+READ = "        self.read_again(buffer, offset)?;\n"
+DONE = "        Ok(Outcome::Cache(length))\n"
 
 GATES = [
     Gate("one link after each pread", [(EPOCH, "if stat.st_nlink != 1 {", "if false {")],
@@ -52,17 +52,17 @@ GATES = [
          "writable::a_block_that_is_there_in_part_is_left_to_fuse"),
     Gate("metadata unchanged, each piece", [(EPOCH, "        self.check_metadata()?;\n        let margin", "        let margin")],
          "damage::each_piece_looks_at_the_metadata"),
-    Gate("metadata unchanged, each read of a writable mount", [(EPOCH, "        self.check_metadata()?;\n" + AFTER, AFTER)],
+    Gate("metadata unchanged, each read of a writable mount", [(EPOCH, "if self.proof.writable && !self.lock_metadata()", "if false && !self.lock_metadata()")],
          "writable::every_read_looks_at_the_metadata"),
-    Gate("metadata unchanged, once a second", [(EPOCH, "        self.check_metadata()?;\n        // An error means", "        // An error means")],
+    Gate("metadata unchanged, once a second", [(EPOCH, "        self.check_metadata()?;\n        if !self.proof.writable {", "        if !self.proof.writable {")],
          "damage::metadata_is_looked_at_once_a_second"),
-    Gate("FUSE's view, once a second", [(EPOCH, "&& (fuse.len() != self.proof.size || Timestamp::modified(&fuse) != self.proof.modified)", "&& fuse.len() == u64::MAX")],
+    Gate("FUSE's view, once a second", [(EPOCH, "Ok(_) => return Err(changed(\"is behind what FUSE shows\")),", "Ok(_) => {}")],
          "changes::a_clip_that_shrinks_at_the_remote_ends_where_fuse_says"),
-    Gate("racy metadata is read again", [(METADATA, "if !self.racy {", "if !self.racy || true {")],
+    Gate("racy metadata is read again", [(METADATA, "        if !self.racy {", "        if !self.racy || true {")],
          "damage::metadata_that_changed_within_one_tick"),
     Gate("metadata is read twice", [(METADATA, "let stable = first == second\n        &&", "let stable =")],
          reason="one read mixes two versions only if the reader is put off within it for all of rclone's truncation and write, in one tick: `damage::metadata_of_two_versions_is_none` tries, and did not meet it"),
-    Gate("not dirty", [(PROOF, "if facts.metadata.dirty {", "if false {")],
+    Gate("not dirty", [(PROOF, "if facts.metadata.dirty {", "if false {"), (FACTS, "if metadata.dirty {", "if false {")],
          "changes::dirty_metadata_ends_the_proof"),
     Gate("fingerprint's size", [(PROOF, "if fingerprint.size == facts.fuse_size && modified", "if modified")],
          "changes::metadata_of_another_size_ends_the_proof"),
@@ -77,23 +77,24 @@ GATES = [
     Gate("a file system that tells holes", [(PROOF, "*magic == facts.data_fs", "*magic > 0")], UNIT),
     Gate("one link at the proof", [(PROOF, "(_, 1) => Ok(", "(_, 1..) => Ok(")],
          "changes::a_second_link_of_the_cache_file_is_refused"),
-    Gate("rename barrier", [(FACTS, "        rename_barrier(clip.path)?;\n", "        let _ = rename_barrier;\n")],
+    Gate("rename barrier", [(FACTS, "        trail.failure(Gate::Settled, rename_barrier(clip.path))?;\n", "        let _ = rename_barrier;\n")],
          "renames::a_rename_that_is_under_way"),
     Gate("settled", [(PROOF, "Some(WritableFacts { settled: true, .. })", "Some(WritableFacts { .. })")], UNIT),
     Gate("settled is what was seen", [(FACTS, "settled: again.is_same(&view)", "settled: again.is_same(&view) || true")],
          reason="the second view, taken after the barrier, is the one that is proven, and is whole by itself"),
     Gate("no unwritten page at the proof", [(PROOF, "            unwritten_pages: 0, ..\n        }) => Ok(", "            ..\n        }) => Ok(")], UNIT),
-    Gate("no unwritten page around each read", [(EPOCH, "companion.unwritten(offset, length as u64);", "companion.unwritten(offset, length as u64).map(|_| false);")],
-         "writable::shared_stores_are_seen_before_they_are_flushed", "writable::what_a_write_back_cache_holds_is_seen"),
-    Gate("no unwritten page before each read", [(EPOCH, BEFORE, "        self.pread(buffer, offset)?;\n")],
-         reason="what is still unwritten after the read is seen then; it counts where a flush ends between the pread and the last look, after the metadata was looked at"),
-    Gate("no unwritten page after each read", [(EPOCH, AFTER, "        Ok(Outcome::Cache(length))\n")],
-         reason="a store that comes after the first look is under way during the read, which may return either"),
+    Gate("no page around each read", [(EPOCH, "companion.has_pages(offset, length as u64);", "companion.has_pages(offset, length as u64).map(|_| false);")],
+         "writable::shared_stores_are_seen_before_they_are_flushed", "writable::what_a_write_back_cache_holds_is_seen",
+         "attack::a_write_on_its_way_is_seen_as_fuse_shows_it", "attack::a_failed_write_back_stays_in_the_page_cache"),
+    Gate("no page before each read", [(EPOCH, LOOK + READ, READ)],
+         reason="a page that is there still after the read is seen then; it counts where the kernel drops it between the pread and the last look"),
+    Gate("no page after each read", [(EPOCH, LOOK + DONE, DONE)],
+         reason="a page that comes after the first look comes during the read, which may return either"),
     Gate("edges of ranges, writable", [(PROOF, "listed.inner(facts.data_block)", "listed.clone()")],
          "writable::a_read_only_bind_of_a_writable_mount_is_writable", "lib::cache::proof::tests::good_facts_prove_the_ranges"),
     Gate("data before metadata", [
         (FACTS, "        let opened = open_data(clip.located, clip.inside);\n", "        let metadata_path = clip.located.folders.metadata_path(clip.inside);\n        let metadata = read_metadata(&metadata_path);\n        let opened = open_data(clip.located, clip.inside);\n"),
-        (FACTS, "        let metadata_path = clip.located.folders.metadata_path(clip.inside);\n        let metadata = read_metadata(&metadata_path);\n        let metadata = trail", "        let metadata = trail")],
+        (FACTS, "        let metadata_path = clip.located.folders.metadata_path(clip.inside);\n        let metadata = read_metadata(&metadata_path)\n            .and_then", "        let metadata = metadata\n            .and_then")],
          reason="the prime has made rclone create the file before either; one that is created between them is empty, which SEEK_HOLE sees"),
     Gate("the path leads to the open file", [(FACTS, "if file.is(&fuse) {", "if file.is(&fuse) || true {")],
          "renames::a_deleted_clip_is_not_the_one_that_is_named_deleted"),
@@ -107,22 +108,28 @@ GATES = [
          "damage::a_cache_that_is_not_used_any_more_is_not_read"),
     Gate("prime", [("src/reader/companion.rs", "let read = read_at(&file, &mut [0], offset);", "let read = Ok::<_, io::Error>(1 + 0 * offset);")],
          "changes::a_rewritten_metadata_file_costs_no_fuse_read"),
-    Gate("no read-ahead, writable", [(EPOCH, "        !self.proof.writable\n", "        true\n")],
+    Gate("no read-ahead, writable", [("src/reader.rs", "State::Active(epoch) => !epoch.is_writable(),", "State::Active(_) => true,")],
          "writable::small_sequential_reads_see_each_write"),
     Gate("read-ahead ends with its proof", [("src/reader/buffer.rs", "if self.generation != file.generation.load(Ordering::Acquire) {", "if false {")],
          "changes::what_was_read_ahead_does_not_outlive_its_proof"),
     Gate("margin of pulled ranges", [
-        (EPOCH, "self.pulled.find(offset, self.proof.block)", "self.pulled.find(offset, 1)"),
+        (EPOCH, "p.find(offset, self.proof.block)", "p.find(offset, 1)"),
         (EPOCH, "self.is_present(Span { start: offset, end }, self.proof.block)?", "self.is_present(Span { start: offset, end }, 0)?")],
          "damage::a_pulled_range_is_looked_at_for_holes"),
     Gate("holes in pulled ranges", [(EPOCH, "if !self.is_present(Span { start: offset, end }, self.proof.block)? {", "if false {")],
          "damage::a_pulled_range_is_looked_at_for_holes"),
-    Gate("quarantine", [(VERIFY, "            if files.iter().any(|file| file == path) {\n                return", "            if false {\n                return")],
-         "difference::a_difference_is_told_and_ends_the_bypass"),
+    Gate("quarantine", [(VERIFY, "            if files.contains(file) {\n                return", "            if false {\n                return")],
+         "difference::a_difference_is_told_and_ends_the_bypass", "quarantine::a_quarantined_clip_is_quarantined_by_each_path"),
     Gate("breaker", [(VERIFY, "const BREAKER: usize = 2;", "const BREAKER: usize = 3;")],
          "breaker::two_files_that_differ_end_every_bypass"),
-    Gate("no unwritten page at a difference", [(VERIFY, "return Ok(Verdict::Fuse(reason));", "let _ = reason;")],
+    Gate("compared with rclone itself, writable", [(VERIFY, "Some(file) => companion::read_at(file, rest, at)?,", "Some(_) => companion.read_at(rest, at)?,")],
          "verify::a_shared_store_is_no_difference"),
+    Gate("what was pulled is in the cache", [("src/reader/prove.rs", "located.says_it_caches_reads()", "true")],
+         "attack::what_is_pulled_past_the_cache_is_not_in_it"),
+    Gate("still read-only, once a second", [("src/reader/prove.rs", "m.dev == dev && !m.read_only", "m.dev == dev && false")],
+         "attack::a_superblock_made_writable_under_a_proof"),
+    Gate("age of what was read ahead", [("src/reader/buffer.rs", "const MAX_AGE_MS: u64 = 20;", "const MAX_AGE_MS: u64 = 20_000;")],
+         "attack::a_buffered_read_is_not_behind_fuse"),
     Gate("nothing changed at a difference", [(VERIFY, "            epoch.check_now(companion)?;\n", "")],
          reason="the second read looks at links, size and, on a writable mount, metadata by itself"),
 ]
