@@ -286,7 +286,8 @@ impl Reader<'_> {
     fn region(&mut self, file: &BypassFile) -> (u64, usize) {
         let size = file.size().unwrap_or(1 << 20).max(1);
         let length = match self.random.below(4) {
-            0 => self.random.between(1, 100),
+            // A whole cell at least: less cannot name its version.
+            0 => self.random.between(2 * crate::cells::CELL as u64, 100),
             1 => self.random.between(100, 8_192),
             2 => 4_096 << self.random.below(6),
             _ => self.random.between(8_192, 400_000),
