@@ -150,13 +150,18 @@ impl Tracking {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let pin_dir = PathBuf::from(format!("/sys/fs/bpf/vmafx-test-{}", std::process::id()));
-        let mut child = program()
+        let mut command = program();
+        command
             .env("VMAFX_EBPF_BYPASS", "1")
             .args(["run", "--format", "json", "--prefix"])
             .arg(prefix)
             .arg("--pin-dir")
             .arg(&pin_dir)
-            .args(args)
+            .args(args);
+        if let Some(mode) = std::env::var_os("TEST_ATTACH") {
+            command.arg("--attach").arg(mode);
+        }
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
