@@ -123,10 +123,12 @@ mod tracking {
                 follow(&updates, args.duration.map(|d| *d), &end, &mut printer)
             });
         // The tracker's own errors are told by `stop`, and come first.
-        let tracked = tracker.entries().len();
+        let entries = tracker.entries();
         let (events, losses) = (tracker.events(), tracker.losses());
+        let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
+        let tracked = entries.len();
         let stopped = tracker.stop().map_err(coded);
-        let summarised = printer.end(events, tracked, &losses);
+        let summarised = printer.end(events, tracked, complete, &losses);
         stopped?;
         ended?;
         summarised?;
@@ -384,18 +386,28 @@ mod tracking {
         }
 
         /// The summary, with every loss; printed even with `--quiet`.
-        fn end(&mut self, events: u64, tracked: usize, losses: &Losses) -> Result<()> {
+        fn end(
+            &mut self,
+            events: u64,
+            tracked: usize,
+            complete: bool,
+            losses: &Losses,
+        ) -> Result<()> {
             if self.format == Format::Json {
                 self.json(&serde_json::json!({
                     "event": "summary",
                     "ts": output::time(std::time::SystemTime::now()),
                     "events": events,
                     "tracked": tracked,
-                    "complete": losses.complete(),
+                    "complete": complete,
                     "losses": losses_json(losses),
                 }))?;
             } else {
-                let lost = losses_text(losses).unwrap_or_else(|| "nothing lost".to_owned());
+                let lost = match losses_text(losses) {
+                    None => "nothing lost".to_owned(),
+                    Some(lost) if complete => format!("{lost}; all made good"),
+                    Some(lost) => format!("{lost}; the table is not complete"),
+                };
                 output::report(format_args!(
                     "summary: {events} events, {tracked} descriptors still open, {lost}"
                 ));
