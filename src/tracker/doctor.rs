@@ -71,8 +71,8 @@ pub fn checks() -> Vec<Check> {
         let found = session::probe(mode).map(|()| format!("works (--attach {})", mode.name()));
         checks.push(check(name, false, remedy, found));
     }
-    let attaches = checks.iter().filter(|c| c.name.starts_with("attach_"));
-    let best = attaches.filter_map(|c| c.found.clone().ok()).next();
+    let mut attaches = checks.iter().filter(|c| c.name.starts_with("attach_"));
+    let best = attaches.find_map(|c| c.found.clone().ok());
     checks.push(check(
         "attach",
         true,
