@@ -1,4 +1,5 @@
 //! `doctor` says what works here and what does not.
+#![cfg(feature = "ebpf")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -15,7 +16,6 @@ fn json(output: &Output) -> Value {
 
 /// In a mount namespace of its own that the shell script `prepare` changes, by
 /// a command before it.
-#[cfg(feature = "ebpf")]
 fn doctor_in(prepare: &str, setpriv: &str) -> Output {
     let script = format!("{prepare} exec {setpriv} \"$0\" doctor --format json");
     Command::new("unshare")
@@ -30,7 +30,6 @@ fn doctor_in(prepare: &str, setpriv: &str) -> Output {
         .unwrap()
 }
 
-#[cfg(feature = "ebpf")]
 fn check<'a>(document: &'a Value, name: &str) -> &'a Value {
     let checks = document["checks"].as_array().unwrap().iter();
     checks
@@ -40,7 +39,6 @@ fn check<'a>(document: &'a Value, name: &str) -> &'a Value {
 }
 
 #[test]
-#[cfg(feature = "ebpf")]
 fn a_host_where_run_works_is_told_which_ways_attach_and_which_mounts_there_are() {
     need_root();
     let rig = rig(|source| put(source, "clip", &content(1, 100)));
@@ -98,7 +96,6 @@ fn a_prefix_elsewhere_ends_with_3() {
 }
 
 #[test]
-#[cfg(feature = "ebpf")]
 fn what_is_missing_is_named_with_a_remedy() {
     need_root();
     let output = doctor_in("mount -t tmpfs none /sys/kernel/btf;", "");
