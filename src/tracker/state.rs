@@ -64,7 +64,8 @@ impl State<'_> {
             return Ok(before != watches);
         }
         for gone in before.iter().filter(|w| !watches.contains(w)) {
-            self.shared.publish(&Update::Unmounted(Box::new(gone.clone())));
+            self.shared
+                .publish(&Update::Unmounted(Box::new(gone.clone())));
         }
         for new in watches.iter().filter(|w| !before.contains(w)) {
             self.shared.publish(&Update::Mounted(Box::new(new.clone())));
