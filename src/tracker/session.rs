@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
@@ -28,6 +28,10 @@ use crate::mounts::MountTable;
 const RECORDS_AT_ONCE: usize = 4_096;
 /// The smallest record in the ring, its header included, bytes.
 const RECORD_BYTES: usize = 104;
+
+/// Events that follow one another faster are taken together: a wakeup for each
+/// would cost the host more than the events do.
+const TOGETHER: Duration = Duration::from_millis(1);
 
 const RING: u64 = 0;
 const MOUNTS: u64 = 1;
@@ -255,6 +259,7 @@ impl Loop<'_> {
         let _ = self.ready.send(());
 
         let mut events = [EpollEvent::empty(); 3];
+        let mut taken = Instant::now();
         loop {
             let due = state
                 .doubt_due()
@@ -271,6 +276,10 @@ impl Loop<'_> {
                 // Which commands there are, the channel tells.
                 let _ = self.shared.wake.read();
             }
+            if woken_by(RING) && !woken_by(WAKE) && taken.elapsed() < TOGETHER {
+                std::thread::sleep(TOGETHER);
+            }
+            taken = Instant::now();
             let pending: Vec<Command> = self.commands.try_iter().collect();
             reconciler.source.drain(state);
             state.settle_doubts();
