@@ -150,13 +150,18 @@ impl Tracking {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let pin_dir = PathBuf::from(format!("/sys/fs/bpf/vmafx-test-{}", std::process::id()));
-        let mut child = program()
+        let mut command = program();
+        command
             .env("VMAFX_EBPF_BYPASS", "1")
             .args(["run", "--format", "json", "--prefix"])
             .arg(prefix)
             .arg("--pin-dir")
             .arg(&pin_dir)
-            .args(args)
+            .args(args);
+        if let Some(mode) = std::env::var_os("TEST_ATTACH") {
+            command.arg("--attach").arg(mode);
+        }
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -179,9 +184,14 @@ impl Tracking {
 
     /// The next line; `None` at the end.
     pub fn next(&mut self) -> Option<Value> {
+        let line = self.next_line()?;
+        Some(serde_json::from_str(&line).expect("a line of JSON"))
+    }
+
+    /// The next line as it is; `None` at the end.
+    pub fn next_line(&mut self) -> Option<String> {
         let mut line = String::new();
-        (self.lines.read_line(&mut line).unwrap() > 0)
-            .then(|| serde_json::from_str(&line).expect("a line of JSON"))
+        (self.lines.read_line(&mut line).unwrap() > 0).then_some(line)
     }
 
     /// Skips lines up to one for which `wanted` holds.
