@@ -174,7 +174,7 @@ fn run(
     let until = Instant::now() + Duration::from_secs(setting("FDLIFE_SECONDS", 86_400));
     while course.checkpoints < checkpoints && Instant::now() < until {
         family.begin();
-        let next = calls * (course.checkpoints + 1) / checkpoints;
+        let next = family.control.calls.load(SeqCst) + calls / checkpoints;
         family.run_until(next, until)?;
         family.park()?;
         let at_rest = Instant::now();
