@@ -81,9 +81,13 @@ pub struct RunArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Attach {
-    /// What works here.
+    /// Of what works here, what costs the host least.
     Auto,
-    /// System call tracepoints.
+    /// The system calls' functions: no cost for other calls.
+    Fentry,
+    /// The raw tracepoints of all system calls: sees 32-bit programs, too.
+    Raw,
+    /// A tracepoint for each system call: needs tracefs.
     Tracepoint,
 }
 

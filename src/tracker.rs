@@ -6,10 +6,13 @@
 //! reading or writing; no O_PATH, no folders.
 
 mod abi;
+mod attach;
 mod clock;
 mod host;
 mod pinned;
+mod reconcile;
 mod session;
+mod state;
 mod table;
 mod watch;
 
@@ -17,12 +20,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+pub use attach::AttachMode;
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
 pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};
@@ -72,16 +76,19 @@ losses! {
     FdsFull = "fds_full", false;
     /// More processes than `max_fds`: likewise.
     ProcsFull = "procs_full", false;
+    /// Too many processes were to be reconciled at once.
+    MarksFull = "marks_full", false;
     /// The ring buffer was full: an event is missing.
     RingFull = "ring_full", false;
-    /// A path of over 4,095 bytes, or one that could not be read.
-    PathUnreadable = "path_unreadable", false;
-    /// No scratch buffer was free: an event has no path.
-    ScratchBusy = "scratch_busy", false;
-    /// Too many threads were closing at once: an entry may be stale.
-    CloseUnseen = "close_unseen", false;
-    /// Threads changed one descriptor faster than it could be followed.
-    Unstable = "unstable", false;
+    /// A path of over 4,095 bytes, or one that could not be read: the entry has
+    /// none.
+    PathUnreadable = "path_unreadable", true;
+    /// No scratch buffer was free: an event came without its path, which is
+    /// asked for again.
+    ScratchBusy = "scratch_busy", true;
+    /// Threads changed one descriptor faster than it could be followed: the
+    /// process was reconciled.
+    Unstable = "unstable", true;
     /// An entry of an exited process could not be removed.
     DeleteFailed = "delete_failed", false;
     /// The start of an open call was not seen: its duration is unknown.
@@ -90,21 +97,28 @@ losses! {
     /// under way on the CPU. Counted by the kernel, for tracepoints since 6.7,
     /// in each program's fdinfo.
     RecursionMisses = "recursion_misses", false;
+    /// The processes could not be listed, or one not be reconciled.
+    ReconcileFailed = "reconcile_failed", false;
     /// More path bytes than the pinned map holds: `dump-map` misses a path.
-    PathsFull = "paths_full", false;
+    PathsFull = "paths_full", true;
     /// A subscriber was too slow: it missed an event, the table did not.
     SubscriberLagged = "subscriber_lagged", true;
 }
 
-/// How often each thing got lost.
+/// How often each thing got lost, and whether that was made good.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Losses(BTreeMap<Loss, u64>);
+pub struct Losses {
+    counts: BTreeMap<Loss, u64>,
+    /// Of those that break the table, how many were followed by a look at every
+    /// descriptor during which nothing got lost.
+    healed: u64,
+}
 
 impl Losses {
     /// The count of one cause.
     #[must_use]
     pub fn get(&self, loss: Loss) -> u64 {
-        self.0.get(&loss).copied().unwrap_or(0)
+        self.counts.get(&loss).copied().unwrap_or(0)
     }
 
     /// Every cause with its count, zeros included, by name.
@@ -115,21 +129,32 @@ impl Losses {
     /// All losses together.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.0.values().sum()
+        self.counts.values().sum()
     }
 
-    /// Whether nothing was lost that the table would show.
+    /// Whether the table is exact: nothing was lost, or all was made good.
     #[must_use]
     pub fn complete(&self) -> bool {
-        self.0
-            .iter()
-            .all(|(loss, count)| *count == 0 || !loss.breaks_table())
+        self.breaking() == self.healed
+    }
+
+    /// Losses of causes that break the table.
+    fn breaking(&self) -> u64 {
+        let breaking = self.counts.iter().filter(|(loss, _)| loss.breaks_table());
+        breaking.map(|(_, count)| count).sum()
+    }
+
+    fn add(&mut self, loss: Loss, count: u64) {
+        self.counts.insert(loss, count);
     }
 }
 
 impl FromIterator<(Loss, u64)> for Losses {
     fn from_iter<T: IntoIterator<Item = (Loss, u64)>>(counts: T) -> Self {
-        Self(counts.into_iter().collect())
+        Self {
+            counts: counts.into_iter().collect(),
+            healed: 0,
+        }
     }
 }
 
@@ -156,6 +181,10 @@ pub enum TrackerError {
     Failed(String),
 }
 
+fn failed(what: &str, error: impl std::fmt::Display) -> TrackerError {
+    TrackerError::Failed(format!("{what}: {error}"))
+}
+
 /// How to track.
 #[derive(Debug, Clone)]
 pub struct TrackerOptions {
@@ -163,6 +192,9 @@ pub struct TrackerOptions {
     pub prefixes: Vec<PathBuf>,
     /// Start although a prefix is not mounted yet, and watch for it.
     pub allow_missing: bool,
+    /// How to come to system calls; `None`: as costs the host least, of what
+    /// works here.
+    pub attach: Option<AttachMode>,
     /// Pin the maps here, on a BPF file system; `None`: no pins, this process only.
     pub pin_dir: Option<PathBuf>,
     /// Descriptors tracked at once, at most.
@@ -186,6 +218,7 @@ impl Default for TrackerOptions {
         Self {
             prefixes: Vec::new(),
             allow_missing: false,
+            attach: None,
             pin_dir: None,
             max_fds: 65_536,
             ring_bytes: 4 << 20,
@@ -232,10 +265,15 @@ struct Shared {
     subscribers: Mutex<Vec<SyncSender<Update>>>,
     lagged: AtomicU64,
     paths_full: AtomicU64,
+    reconcile_failed: AtomicU64,
+    /// Losses that were made good.
+    healed: AtomicU64,
     events: AtomicU64,
     /// The most that was seen: the count goes with the programs.
     recursion_misses: AtomicU64,
     replaced_pins: AtomicBool,
+    mode: OnceLock<AttachMode>,
+    refused: Mutex<Vec<(AttachMode, String)>>,
     kernel: Mutex<Option<abi::Stats>>,
     commands: Mutex<Sender<Command>>,
     wake: EventFd,
@@ -271,9 +309,13 @@ impl Tracker {
             subscribers: Mutex::default(),
             lagged: AtomicU64::new(0),
             paths_full: AtomicU64::new(0),
+            reconcile_failed: AtomicU64::new(0),
+            healed: AtomicU64::new(0),
             events: AtomicU64::new(0),
             recursion_misses: AtomicU64::new(0),
             replaced_pins: AtomicBool::new(false),
+            mode: OnceLock::new(),
+            refused: Mutex::default(),
             kernel: Mutex::default(),
             commands: Mutex::new(commands),
             wake,
@@ -350,6 +392,26 @@ impl Tracker {
     #[must_use]
     pub fn replaced_pins(&self) -> bool {
         self.shared.replaced_pins.load(Ordering::Relaxed)
+    }
+
+    /// How it has attached; `None` before it has.
+    #[must_use]
+    pub fn attach_mode(&self) -> Option<AttachMode> {
+        self.shared.mode.get().copied()
+    }
+
+    /// The modes that were tried before and do not work here, and why.
+    #[must_use]
+    pub fn refused_modes(&self) -> Vec<(AttachMode, String)> {
+        let refused = self.shared.refused.lock();
+        refused.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether this process is in a pid namespace of its own: processes outside
+    /// of it are not tracked, and pids are those of the namespace.
+    #[must_use]
+    pub fn in_pid_namespace(&self) -> bool {
+        host::pid_namespace().is_some()
     }
 
     /// The mounts that are watched at the moment.
@@ -483,30 +545,48 @@ impl Shared {
             });
     }
 
+    fn note_mode(&self, mode: AttachMode) {
+        // There is one session, which attaches once.
+        let _ = self.mode.set(mode);
+    }
+
+    fn note_refused(&self, mode: AttachMode, error: &TrackerError) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.push((mode, error.to_string()));
+    }
+
+    fn note_reconcile_failed(&self, published: &mut pinned::Published) {
+        let failed = self.reconcile_failed.fetch_add(1, Ordering::Relaxed) + 1;
+        published.set(|meta| meta.loss_reconcile = failed);
+    }
+
+    fn note_healed(&self, losses: u64) {
+        self.healed.store(losses, Ordering::Relaxed);
+    }
+
     fn note_recursion_misses(&self) {
         let misses = host::recursion_misses("self");
         self.recursion_misses.fetch_max(misses, Ordering::Relaxed);
     }
 
-    /// What the BPF programs have counted.
-    fn kernel_losses(&self) -> Losses {
+    /// Every loss so far, but for programs that did not run since the last look.
+    fn known_losses(&self) -> Losses {
         let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        kernel.as_ref().map(abi::Stats::losses).unwrap_or_default()
+        let mut losses = kernel.as_ref().map(abi::Stats::losses).unwrap_or_default();
+        for (loss, counter) in [
+            (Loss::RecursionMisses, &self.recursion_misses),
+            (Loss::ReconcileFailed, &self.reconcile_failed),
+            (Loss::PathsFull, &self.paths_full),
+            (Loss::SubscriberLagged, &self.lagged),
+        ] {
+            losses.add(loss, counter.load(Ordering::Relaxed));
+        }
+        losses.healed = self.healed.load(Ordering::Relaxed);
+        losses
     }
 
     fn losses(&self) -> Losses {
-        let mut losses = self.kernel_losses();
         self.note_recursion_misses();
-        losses.0.insert(
-            Loss::RecursionMisses,
-            self.recursion_misses.load(Ordering::Relaxed),
-        );
-        losses
-            .0
-            .insert(Loss::PathsFull, self.paths_full.load(Ordering::Relaxed));
-        losses
-            .0
-            .insert(Loss::SubscriberLagged, self.lagged.load(Ordering::Relaxed));
-        losses
+        self.known_losses()
     }
 }

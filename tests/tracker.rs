@@ -58,6 +58,7 @@ fn an_open_is_shown_with_what_the_kernel_says_of_it() {
         "pid": pid, "fd": fd, "comm": "fifteen \"chars\"", "path": clip,
         "dev": Dev::from_st_dev(stat.dev()).to_string(), "ino": stat.ino(), "flags": flags,
         "size": 300_000, "cached_bytes": 300_000, "state": "active",
+        "own_pid": worker.pid(),
     });
     // Takes the fields that differ, and leaves those of `row`.
     let take_time = |line: &mut Value, field| {

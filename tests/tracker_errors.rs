@@ -262,7 +262,11 @@ fn missing_file_systems_are_mounted_or_named() {
     let hidden = format!("{HIDE_TRACEFS}{HIDE_BPFFS}");
     let mounted = lines(&try_run_in(&hidden, None, &words));
     assert_eq!(mounted[1]["event"], "attach");
-    let output = try_run_in(HIDE_TRACEFS, Some("-sys_admin"), &words);
+    let mut by_tracepoint = words.clone();
+    by_tracepoint.push("--attach=tracepoint".into());
+    let mounted = lines(&try_run_in(&hidden, None, &by_tracepoint));
+    assert_eq!(mounted[1]["attach"], "tracepoint");
+    let output = try_run_in(HIDE_TRACEFS, Some("-sys_admin"), &by_tracepoint);
     assert_fails(&output, 3, "`mount -t tracefs tracefs /sys/kernel/tracing`");
     let output = try_run_in(HIDE_BPFFS, Some("-sys_admin"), &words);
     assert_fails(&output, 3, "`mount -t bpf bpf /sys/fs/bpf`");

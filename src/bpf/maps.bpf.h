@@ -48,19 +48,23 @@ struct {
 	__type(value, struct vb_proc);
 } procs SEC(".maps");
 
-/* Descriptors that a thread (tid) is about to close. */
+/*
+ * Processes to reconcile, and why (enum vb_mark). Kernel and user space write;
+ * user space is told by an event of the first mark alone.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u32);
 	__type(value, __u32);
-} closing SEC(".maps");
+} marks SEC(".maps");
 
 /*
  * When each thread's open call began, as tid << 42 | time in ns modulo 2^42
  * (73 minutes). One plain 8-byte store, because every open on the host pays
  * it; where two threads share a slot the later one wins and the other's
- * open_ns is unknown, which is counted.
+ * open_ns is unknown, which is counted. Also what bpf_for_each_map_elem() counts
+ * on for loops: bpf_loop() came with 5.17.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -91,6 +95,14 @@ struct {
 	__type(key, struct vb_path_key);
 	__type(value, struct vb_path);
 } paths SEC(".maps");
+
+/* 1: not every process has been looked at yet. User space alone writes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} sweeping SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

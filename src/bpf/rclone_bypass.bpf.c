@@ -3,9 +3,12 @@
  * Tracks the descriptors that programs open on the watched superblocks.
  * Probe-only: nothing here changes what the kernel does.
  *
- * Programs only: each unpacks its context and calls a handler of track.bpf.h.
- * Those in SEC("?...") are loaded where the kernel has the tracepoint (arm64
- * has neither open, creat nor dup2).
+ * Programs only: each unpacks its context and calls a handler. There are three
+ * ways to come to system calls, of which user space loads one:
+ *   tracepoint  syscalls:sys_{enter,exit}_*; needs tracefs, misses 32-bit calls
+ *   raw         the raw sys_{enter,exit}; needs nothing
+ *   fentry      the system calls' functions; no cost for any other call
+ * Those in SEC("?...") are loaded where the kernel has what they attach to.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_helpers.h>
@@ -14,51 +17,220 @@
 
 #include "rclone_bypass.h"
 #include "maps.bpf.h"
+#include "task.bpf.h"
 #include "track.bpf.h"
+#include "calls.bpf.h"
+#include "lives.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-#define ENTER_OPEN(name, section)                                     \
-	SEC(section "tracepoint/syscalls/sys_enter_" #name)           \
-	int tp_enter_##name(struct trace_event_raw_sys_enter *ctx)    \
-	{                                                             \
-		return handle_enter_open();                           \
-	}
-
-#define EXIT_NEW_FD(name, section, kind)                              \
-	SEC(section "tracepoint/syscalls/sys_exit_" #name)            \
-	int tp_exit_##name(struct trace_event_raw_sys_exit *ctx)      \
-	{                                                             \
-		return handle_new_fd(ctx->ret, kind);                 \
-	}
-
-ENTER_OPEN(openat, "")
-ENTER_OPEN(openat2, "")
-ENTER_OPEN(open, "?")
-ENTER_OPEN(creat, "?")
-
-EXIT_NEW_FD(openat, "", VB_EVENT_OPEN)
-EXIT_NEW_FD(openat2, "", VB_EVENT_OPEN)
-EXIT_NEW_FD(open, "?", VB_EVENT_OPEN)
-EXIT_NEW_FD(creat, "?", VB_EVENT_OPEN)
-EXIT_NEW_FD(dup, "", VB_EVENT_DUP)
-EXIT_NEW_FD(dup2, "?", VB_EVENT_DUP)
-EXIT_NEW_FD(dup3, "", VB_EVENT_DUP)
-
-SEC("tracepoint/syscalls/sys_enter_close")
-int tp_enter_close(struct trace_event_raw_sys_enter *ctx)
+/* The registers that the current system call began with. */
+static __always_inline struct pt_regs *own_regs(void)
 {
-	return handle_enter_close((__u32)ctx->args[0]);
+	return (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
 }
 
-SEC("tracepoint/syscalls/sys_exit_close")
-int tp_exit_close(struct trace_event_raw_sys_exit *ctx)
+/* The number of the system call that they began; CALLS or more: none of ours. */
+static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 {
-	return handle_exit_close();
+#if defined(__TARGET_ARCH_x86)
+	return regs->orig_ax;
+#elif defined(__TARGET_ARCH_arm64)
+	return (__u32)regs->syscallno;
+#endif
 }
 
-SEC("tracepoint/sched/sched_process_exit")
-int tp_sched_process_exit(void *ctx)
+/* -- tracepoint -- */
+
+#define TP_ENTER(name)                                                          \
+	SEC("?tracepoint/syscalls/sys_enter_" #name)                            \
+	int tp_enter_##name(struct trace_event_raw_sys_enter *ctx)              \
+	{                                                                       \
+		return handle_enter_open();                                     \
+	}
+
+#define TP_EXIT(name, kind)                                                     \
+	SEC("?tracepoint/syscalls/sys_exit_" #name)                             \
+	int tp_exit_##name(struct trace_event_raw_sys_exit *ctx)                \
+	{                                                                       \
+		struct called call = { .regs = own_regs(), .ret = ctx->ret };   \
+                                                                                \
+		return handle_exit(kind, &call);                                \
+	}
+
+/* -- fentry: the functions take the registers alone -- */
+
+#if defined(__TARGET_ARCH_x86)
+#define NATIVE(name) "__x64_sys_" #name
+#define COMPAT_PREFIX "__ia32_"
+#elif defined(__TARGET_ARCH_arm64)
+#define NATIVE(name) "__arm64_sys_" #name
+#define COMPAT_PREFIX "__arm64_"
+#endif
+
+#define FN_ENTER_OF(id, function)                                               \
+	SEC("?fentry/" function)                                                \
+	int fn_enter_##id(__u64 *ctx)                                           \
+	{                                                                       \
+		return handle_enter_open();                                     \
+	}
+
+#define FN_EXIT_OF(id, function, kind, is_compat)                               \
+	SEC("?fexit/" function)                                                 \
+	int fn_exit_##id(__u64 *ctx)                                            \
+	{                                                                       \
+		struct called call = {                                          \
+			.regs = (struct pt_regs *)ctx[0],                       \
+			.ret = (long)ctx[1],                                    \
+			.compat = is_compat,                                    \
+		};                                                              \
+                                                                                \
+		return handle_exit(kind, &call);                                \
+	}
+
+#define ENTER(name) TP_ENTER(name) FN_ENTER_OF(name, NATIVE(name))
+#define EXIT(name, kind) TP_EXIT(name, kind) FN_EXIT_OF(name, NATIVE(name), kind, false)
+#define COMPAT_ENTER(name) FN_ENTER_OF(32_##name, COMPAT_PREFIX #name)
+#define COMPAT_EXIT(name, kind) FN_EXIT_OF(32_##name, COMPAT_PREFIX #name, kind, true)
+
+ENTER(open)
+ENTER(creat)
+ENTER(openat)
+ENTER(openat2)
+ENTER(open_by_handle_at)
+
+EXIT(open, CALL_OPEN)
+EXIT(creat, CALL_OPEN)
+EXIT(openat, CALL_OPEN)
+EXIT(openat2, CALL_OPEN)
+EXIT(open_by_handle_at, CALL_OPEN)
+EXIT(dup, CALL_DUP)
+EXIT(dup2, CALL_DUP)
+EXIT(dup3, CALL_DUP)
+EXIT(fcntl, CALL_FCNTL)
+EXIT(pidfd_getfd, CALL_GETFD)
+EXIT(close, CALL_CLOSE)
+EXIT(close_range, CALL_CLOSE_RANGE)
+EXIT(recvmsg, CALL_RECVMSG)
+EXIT(recvmmsg, CALL_RECVMMSG)
+EXIT(unshare, CALL_UNSHARE)
+EXIT(ioctl, CALL_IOCTL)
+
+/* Where 32-bit programs have a function of their own. */
+COMPAT_ENTER(compat_sys_open)
+COMPAT_ENTER(compat_sys_openat)
+COMPAT_ENTER(compat_sys_open_by_handle_at)
+COMPAT_EXIT(compat_sys_open, CALL_OPEN)
+COMPAT_EXIT(compat_sys_openat, CALL_OPEN)
+COMPAT_EXIT(compat_sys_open_by_handle_at, CALL_OPEN)
+COMPAT_EXIT(compat_sys_fcntl, CALL_FCNTL)
+COMPAT_EXIT(compat_sys_fcntl64, CALL_FCNTL)
+COMPAT_EXIT(compat_sys_recvmsg, CALL_RECVMSG)
+COMPAT_EXIT(compat_sys_recvmmsg_time32, CALL_RECVMMSG)
+COMPAT_EXIT(compat_sys_recvmmsg_time64, CALL_RECVMMSG)
+COMPAT_EXIT(compat_sys_ioctl, CALL_IOCTL)
+COMPAT_EXIT(compat_sys_socketcall, CALL_SOCKETCALL)
+#if defined(__TARGET_ARCH_x86)
+COMPAT_ENTER(sys_creat)
+COMPAT_ENTER(sys_openat2)
+COMPAT_EXIT(sys_creat, CALL_OPEN)
+COMPAT_EXIT(sys_openat2, CALL_OPEN)
+COMPAT_EXIT(sys_dup, CALL_DUP)
+COMPAT_EXIT(sys_dup2, CALL_DUP)
+COMPAT_EXIT(sys_dup3, CALL_DUP)
+COMPAT_EXIT(sys_pidfd_getfd, CALL_GETFD)
+COMPAT_EXIT(sys_close, CALL_CLOSE)
+COMPAT_EXIT(sys_close_range, CALL_CLOSE_RANGE)
+COMPAT_EXIT(sys_unshare, CALL_UNSHARE)
+#endif
+
+SEC("?fexit/fd_install")
+int fn_install(__u64 *ctx)
 {
-	return handle_thread_exit();
+	__u64 nr = syscall_nr(own_regs());
+
+	return handle_install((struct file *)ctx[1], nr < CALLS ? native_calls[nr] : CALL_NONE);
+}
+
+/* -- raw -- */
+
+SEC("?raw_tp/sys_enter")
+int raw_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u64 nr = ctx->args[1];
+
+	if (nr >= CALLS || (native_calls[nr] != CALL_OPEN && compat_calls[nr] != CALL_OPEN))
+		return 0;
+	return handle_enter_open();
+}
+
+SEC("?raw_tp/sys_exit")
+int raw_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	struct called call = { .regs = regs, .ret = (long)ctx->args[1] };
+	__u64 nr = syscall_nr(regs);
+
+	if (nr >= CALLS || (!native_calls[nr] && !compat_calls[nr]))
+		return 0;
+#if defined(__TARGET_ARCH_x86)
+	/* TS_COMPAT, arch/x86/include/asm/thread_info.h */
+	call.compat = task->thread_info.status & 2;
+#elif defined(__TARGET_ARCH_arm64)
+	/* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
+	call.compat = task->thread_info.flags >> 22 & 1;
+#endif
+	return handle_exit(call.compat ? compat_calls[nr] : native_calls[nr], &call);
+}
+
+/* -- in every mode -- */
+
+SEC("raw_tp/sched_process_fork")
+int life_fork(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_fork((struct task_struct *)ctx->args[0],
+			   (struct task_struct *)ctx->args[1]);
+}
+
+SEC("raw_tp/sched_process_exec")
+int life_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_exec((struct task_struct *)ctx->args[0], (__u32)ctx->args[1]);
+}
+
+SEC("raw_tp/sched_process_exit")
+int life_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_thread_exit((struct task_struct *)ctx->args[0]);
+}
+
+/* Until 6.3 (request), before 5.19 (ring, request). */
+const volatile __u32 uring_request = 0;
+
+SEC("?raw_tp/io_uring_submit_sqe")
+int uring_submit_sqe(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_submit((struct io_kiocb *)(uring_request ? ctx->args[1] :
+								       ctx->args[0]));
+}
+
+/* From 6.4 on (kernel commit 2ad57931db64). */
+SEC("?raw_tp/io_uring_submit_req")
+int uring_submit_req(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_submit((struct io_kiocb *)ctx->args[0]);
+}
+
+SEC("?raw_tp/io_uring_complete")
+int uring_complete(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_complete();
+}
+
+/* Not attached: user space runs it with a struct vb_reconcile for a context. */
+SEC("raw_tp")
+int reconcile(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_reconcile(ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3]);
 }

@@ -4,15 +4,16 @@
  * ring buffer records. Fixed widths, widest members first, padding explicit.
  * Sizes are asserted here and again in src/tracker/abi.rs.
  *
- * "pid" is the kernel's tgid and "tid" the kernel's pid, both as seen from the
- * initial pid namespace. Times are nanoseconds of CLOCK_BOOTTIME. "dev" is the
+ * "pid" names a descriptor table: the kernel's tgid, or for a thread that has
+ * a table of its own (unshare(2)) its tid; both as seen from the pid namespace
+ * of the tracker. Times are nanoseconds of CLOCK_BOOTTIME. "dev" is the
  * kernel's own encoding of a superblock's device, major << 20 | minor.
  */
 #ifndef RCLONE_BYPASS_H
 #define RCLONE_BYPASS_H
 
 /* Bumped at every change of a layout below; `dump-map` refuses another one. */
-#define VB_ABI_VERSION 1
+#define VB_ABI_VERSION 2
 
 #define VB_COMM_LEN 16
 /* PATH_MAX of linux/limits.h: a path has up to 4,095 bytes and no NUL here. */
@@ -24,26 +25,60 @@
 /* Path bytes in one element of the `paths` map. */
 #define VB_PATH_CHUNK 240
 
+/* What became of a descriptor. All but CLOSE, EXIT and MARK bring a path. */
 enum vb_event_kind {
-	VB_EVENT_OPEN = 1,  /* an open call returned a descriptor; path follows */
-	VB_EVENT_DUP = 2,   /* a dup call made one; path follows */
-	VB_EVENT_CLOSE = 3, /* the descriptor named by opened_at is gone */
-	VB_EVENT_EXIT = 4,  /* the process is gone, and every descriptor it had */
+	VB_EVENT_OPEN = 1,    /* an open call returned it */
+	VB_EVENT_DUP = 2,     /* a dup call made it */
+	VB_EVENT_CLOSE = 3,   /* the one named by opened_at is gone */
+	VB_EVENT_EXIT = 4,    /* the process is gone, and all that it had */
+	VB_EVENT_INHERIT = 5, /* a fork copied it from the parent */
+	VB_EVENT_RECEIVE = 6, /* another process gave it, or it was taken from one */
+	VB_EVENT_ADOPT = 7,   /* it was found open */
+	VB_EVENT_MARK = 8,    /* something came into `marks` */
 };
 
 /* What got lost, one counter each. User space adds causes of its own. */
 enum vb_loss {
 	VB_LOSS_FDS_FULL = 0,    /* no room in `fds`: a descriptor is not tracked */
 	VB_LOSS_PROCS_FULL,      /* no room in `procs`: likewise */
+	VB_LOSS_MARKS_FULL,      /* no room in `marks`: a process is not reconciled */
 	VB_LOSS_RING_FULL,       /* an event could not be sent */
 	VB_LOSS_PATH_UNREADABLE, /* the path exceeds 4,095 bytes or kept changing */
 	VB_LOSS_SCRATCH_BUSY,    /* no scratch buffer was free: event without path */
-	VB_LOSS_CLOSE_UNSEEN,    /* no room in `closing`: an entry may be stale */
 	VB_LOSS_UNSTABLE,        /* threads changed one descriptor again and again */
 	VB_LOSS_DELETE_FAILED,   /* an entry of a dead process would not go */
 	VB_LOSS_OPEN_UNTIMED,    /* an open's start was not seen: no open_ns */
 	VB_LOSS_MAX,
 };
+
+/* Why a process is to be reconciled with what the kernel has; the value in `marks`. */
+enum vb_mark {
+	VB_MARK_FOUND = 1,  /* it may have descriptors that no call told of */
+	VB_MARK_FORKED = 2, /* it was forked, with more than a program copies at once */
+	VB_MARK_SHARED = 3, /* so may the others that share its descriptor table */
+	VB_MARK_URING = 4,  /* io_uring opened or closed something */
+};
+/* In place of a pid in `marks`: every process, for something got lost. */
+#define VB_MARK_ALL 0
+
+/* What `reconcile` did; below VB_RECONCILE_AGAIN: call again from this descriptor. */
+#define VB_RECONCILE_DONE 0xffffffffU
+#define VB_RECONCILE_GONE 0xfffffffeU  /* no such process: nothing is left of it */
+#define VB_RECONCILE_OTHER 0xfffffffdU /* it does not share that table */
+#define VB_RECONCILE_AGAIN 0xfffffffcU
+
+/* The arguments of `reconcile`, its context. */
+struct vb_reconcile {
+	__u64 pid;
+	__u64 from;  /* the first descriptor */
+	__u64 kind;  /* enum vb_event_kind for what is found, | VB_SYNC_RESEND */
+	__u64 other; /* not 0: only if it shares this one's table */
+};
+
+/* With a kind, for sync_fd(): */
+#define VB_SYNC_KIND 0xff
+#define VB_SYNC_NEW 0x100    /* a call returned it just now: never the old one */
+#define VB_SYNC_RESEND 0x200 /* tell of it even if it is known */
 
 struct vb_fd_key {
 	__u32 pid;
@@ -55,9 +90,11 @@ struct vb_fd {
 	__u64 file;      /* address of the struct file: identity only */
 	__u64 ino;
 	__u64 size;    /* of the file at its open, bytes */
-	__u64 open_ns; /* time in the open call; 0: unknown, or a dup */
+	__u64 open_ns; /* time in the open call; 0: unknown, or no open */
 	__u32 dev;
-	__u32 flags; /* the file's f_flags: O_RDONLY and so on */
+	__u32 flags;  /* the file's f_flags: O_RDONLY and so on */
+	__u32 own_pid; /* the process's pid in its own pid namespace */
+	__u32 mnt_id; /* of the mount that it was opened through */
 	char comm[VB_COMM_LEN];
 };
 
@@ -72,6 +109,8 @@ struct vb_event {
 	__u32 fd;
 	__u32 dev;
 	__u32 flags;
+	__u32 own_pid;
+	__u32 mnt_id;
 	__u16 path_off; /* from the record's start */
 	__u16 path_len; /* 0: no path */
 	char comm[VB_COMM_LEN];
@@ -103,8 +142,12 @@ struct vb_meta {
 	__u64 since;      /* start of tracking */
 	__u64 start_time; /* field 22 of the owner's /proc/<pid>/stat, clock ticks */
 	__u64 loss_paths; /* paths that found no room in `paths` */
+	__u64 loss_reconcile; /* processes that could not be reconciled */
+	__u64 healed;     /* losses that were made good, of those that break the table */
 	__u32 version;    /* VB_ABI_VERSION */
 	__u32 pid;
+	__u32 busy; /* 1: reconciliation is under way */
+	__u32 pad;
 };
 
 /* The one element of `stats`. */
@@ -113,19 +156,26 @@ struct vb_stats {
 	__u64 events; /* sent */
 };
 
+/* With vb_proc: */
+#define VB_PROC_THREADS 1 /* a thread has a descriptor table of its own */
+#define VB_PROC_SHARED 2  /* another process shares the table */
+#define VB_PROC_URING 4   /* it opens or closes by io_uring */
+
 /* A process that has, or had, a tracked descriptor; absent: never. */
 struct vb_proc {
-	__u64 seen;
+	__u64 entries; /* in `fds` */
+	__u64 flags;   /* VB_PROC_ */
 };
 
+_Static_assert(sizeof(struct vb_reconcile) == 32, "vb_reconcile");
 _Static_assert(sizeof(struct vb_fd_key) == 8, "vb_fd_key");
-_Static_assert(sizeof(struct vb_fd) == 64, "vb_fd");
-_Static_assert(sizeof(struct vb_event) == 88, "vb_event");
+_Static_assert(sizeof(struct vb_fd) == 72, "vb_fd");
+_Static_assert(sizeof(struct vb_event) == 96, "vb_event");
 _Static_assert(sizeof(struct vb_path_key) == 24, "vb_path_key");
 _Static_assert(sizeof(struct vb_path) == 248, "vb_path");
-_Static_assert(sizeof(struct vb_meta) == 32, "vb_meta");
+_Static_assert(sizeof(struct vb_meta) == 56, "vb_meta");
 _Static_assert(sizeof(struct vb_stats) == 80, "vb_stats");
-_Static_assert(sizeof(struct vb_proc) == 8, "vb_proc");
+_Static_assert(sizeof(struct vb_proc) == 16, "vb_proc");
 _Static_assert(sizeof(struct vb_event) % 8 == 0, "records stay aligned");
 
 #endif /* RCLONE_BYPASS_H */

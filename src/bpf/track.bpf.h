@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The handlers, written once: each takes plain values, so that a further way
- * to attach is a thin wrapper in rclone_bypass.bpf.c.
- *
- * One function decides for every call that makes, replaces or ends a
- * descriptor: sync_fd() looks at what the descriptor is *now*, after the call.
+ * Keeps `fds` as the kernel's descriptor tables are. One function decides for
+ * every call that makes, replaces or ends a descriptor, and for reconciliation:
+ * sync_fd() looks at what the descriptor is *now*, after the call.
  */
 #ifndef TRACK_BPF_H
 #define TRACK_BPF_H
@@ -19,6 +17,7 @@
 #define S_IFMT 00170000
 #define S_IFREG 0100000
 /* asm-generic/errno-base.h */
+#define ENOENT 2
 #define EEXIST 17
 
 #define START_TIME_BITS 42
@@ -29,13 +28,12 @@
 #define SCRATCH_TRIES 4
 /* Names that one call of walk_names() writes. */
 #define VB_WALK_STEPS 64
-/* For sync_fd(): no call made this descriptor, look at what is there. */
-#define AS_FOUND 0
 
 const volatile __u32 scratch_count = 4;
 
-/* An anchor: the skeleton generates the types of maps, and of this. */
+/* Anchors: the skeleton generates the types of maps, and of these. */
 const struct vb_event anchor_event = {};
+const struct vb_reconcile anchor_reconcile = {};
 
 static __always_inline void count_loss(enum vb_loss cause)
 {
@@ -55,21 +53,6 @@ static __always_inline void count_event(void)
 	s = bpf_map_lookup_elem(&stats, &zero);
 	if (s)
 		__sync_fetch_and_add(&s->events, 1);
-}
-
-/* The file behind a descriptor of the current process, or NULL. */
-static __always_inline struct file *fd_file(__u32 fd)
-{
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
-	struct file **slots, *file = NULL;
-
-	if (!fdt || fd >= BPF_CORE_READ(fdt, max_fds))
-		return NULL;
-	slots = BPF_CORE_READ(fdt, fd);
-	if (bpf_probe_read_kernel(&file, sizeof(file), &slots[fd]))
-		return NULL;
-	return file;
 }
 
 /* The watched superblock of a file that counts as tracked, or NULL. */
@@ -215,38 +198,116 @@ release:
 	__sync_lock_test_and_set(&s->busy, 0);
 }
 
-static __always_inline void fill_event(struct vb_event *e, __u8 kind, __u64 now, __u32 fd)
+static __always_inline void fill_event(struct vb_event *e, __u8 kind, struct task_struct *task,
+				       __u32 pid, __u32 fd)
 {
-	__u64 id = bpf_get_current_pid_tgid();
-
 	__builtin_memset(e, 0, sizeof(*e));
 	e->kind = kind;
-	e->ts = now;
-	e->pid = id >> 32;
-	e->tid = (__u32)id;
+	e->ts = bpf_ktime_get_boot_ns();
+	e->pid = pid;
+	e->tid = tid_of(task);
 	e->fd = fd;
-	if (bpf_get_current_comm(e->comm, sizeof(e->comm)))
+	if (bpf_core_read_str(e->comm, sizeof(e->comm), &task->comm) < 0)
 		e->comm[0] = 0;
 }
 
-/* Notes that the process has a tracked descriptor, for good. */
-static __always_inline int note_proc(__u32 pid)
+/* Has user space reconcile a process, or VB_MARK_ALL. */
+__noinline int mark(__u32 pid, __u32 why)
 {
-	struct vb_proc proc = { .seen = 1 };
+	struct vb_event e;
 	long err;
 
-	if (bpf_map_lookup_elem(&procs, &pid))
+	/* One that is still there will be looked at later than now. */
+	err = bpf_map_update_elem(&marks, &pid, &why, BPF_NOEXIST);
+	if (err == -EEXIST)
 		return 0;
-	err = bpf_map_update_elem(&procs, &pid, &proc, BPF_NOEXIST);
-	return err && err != -EEXIST ? -1 : 0;
+	if (err) {
+		count_loss(VB_LOSS_MARKS_FULL);
+		return 0;
+	}
+	__builtin_memset(&e, 0, sizeof(e));
+	e.kind = VB_EVENT_MARK;
+	e.pid = pid;
+	send(&e, sizeof(e));
+	return 0;
 }
 
-static __always_inline void send_close(const struct vb_fd_key *key, __u64 opened_at,
-				       __u64 ino, __u32 dev)
+/* Counts what no event will tell of, and has it made good. */
+static __always_inline void lose(enum vb_loss cause)
+{
+	count_loss(cause);
+	mark(VB_MARK_ALL, VB_MARK_FOUND);
+}
+
+/* Notes that a process has a tracked descriptor, or something else, for good. */
+static __always_inline struct vb_proc *note_proc(__u32 pid, __u64 flags)
+{
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
+	struct vb_proc new = { .flags = flags };
+
+	if (!proc) {
+		/* Another thread may be faster, which is as well. */
+		bpf_map_update_elem(&procs, &pid, &new, BPF_NOEXIST);
+		proc = bpf_map_lookup_elem(&procs, &pid);
+	}
+	if (!proc)
+		lose(VB_LOSS_PROCS_FULL);
+	else if ((proc->flags & flags) != flags)
+		__sync_fetch_and_or(&proc->flags, flags);
+	return proc;
+}
+
+/*
+ * The name of a task's descriptor table: its process, or the thread itself
+ * where it does not have the table of the process's first thread.
+ */
+__noinline __u32 table_id(__u64 address, __u32 tgid)
+{
+	struct task_struct *task = (struct task_struct *)address;
+	struct files_struct *files = BPF_CORE_READ(task, files);
+	struct files_struct *leaders = BPF_CORE_READ(task, group_leader, files);
+	__u32 tid;
+
+	if (files == leaders)
+		return tgid;
+	tid = tid_of(task);
+	/* A first thread that has exited has none: the others keep the process's. */
+	if (!leaders && !bpf_map_lookup_elem(&procs, &tid))
+		return tgid;
+	return tid;
+}
+
+/* The current task's table, if its process has, or had, tracked descriptors; or 0. */
+static __always_inline __u32 tracked_table(void)
+{
+	__u32 tgid = current_tgid();
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+
+	if (!proc)
+		return 0;
+	if (!(proc->flags & VB_PROC_THREADS))
+		return tgid;
+	return table_id(bpf_get_current_task(), tgid);
+}
+
+/* After an entry came or went. */
+static __always_inline void count_entry(const struct vb_fd_key *key, __s64 change)
+{
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &key->pid);
+
+	if (!proc)
+		return;
+	__sync_fetch_and_add(&proc->entries, change);
+	if (proc->flags & VB_PROC_SHARED)
+		mark(key->pid, VB_MARK_SHARED);
+}
+
+static __always_inline void send_close(struct task_struct *task, const struct vb_fd_key *key,
+				       __u64 opened_at, __u64 ino, __u32 dev)
 {
 	struct vb_event e;
 
-	fill_event(&e, VB_EVENT_CLOSE, bpf_ktime_get_boot_ns(), key->fd);
+	fill_event(&e, VB_EVENT_CLOSE, task, key->pid, key->fd);
 	e.opened_at = opened_at;
 	e.ino = ino;
 	e.dev = dev;
@@ -265,8 +326,17 @@ static __always_inline bool is_of(const struct vb_fd *entry, const struct file *
 	       entry->ino == BPF_CORE_READ(inode, i_ino);
 }
 
-static __always_inline void track(const struct vb_fd_key *key, struct file *file,
-				  struct super_block *sb, __u32 dev, __u8 kind, __u64 open_ns)
+static __always_inline __u32 mount_of(struct file *file)
+{
+	struct vfsmount *mnt = BPF_CORE_READ(file, f_path.mnt);
+
+	return BPF_CORE_READ((struct mount *)((void *)mnt - bpf_core_field_offset(struct mount, mnt)),
+			     mnt_id);
+}
+
+static __always_inline void track(struct task_struct *task, const struct vb_fd_key *key,
+				  struct file *file, struct super_block *sb, __u32 dev,
+				  __u32 kind, __u64 open_ns)
 {
 	struct vb_fd entry = {}, *old;
 	struct vb_event e;
@@ -275,23 +345,28 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 
 	inode = BPF_CORE_READ(file, f_inode);
 	old = bpf_map_lookup_elem(&fds, key);
-	/* An open is always a new one, should its close not have been seen. */
-	if (kind != VB_EVENT_OPEN && is_of(old, file, inode, dev))
-		return;
-	/* First the process: from then on its closes are looked at. */
-	if (note_proc(key->pid)) {
-		count_loss(VB_LOSS_PROCS_FULL);
-		return;
+	if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev)) {
+		if (!(kind & VB_SYNC_RESEND))
+			return;
+		open_ns = old->open_ns;
+	} else {
+		kind &= ~VB_SYNC_RESEND;
 	}
-	fill_event(&e, kind == AS_FOUND ? VB_EVENT_OPEN : kind, bpf_ktime_get_boot_ns(),
-		   key->fd);
-	e.opened_at = e.ts;
+	fill_event(&e, kind & VB_SYNC_KIND, task, key->pid, key->fd);
+	e.opened_at = kind & VB_SYNC_RESEND ? old->opened_at : e.ts;
 	e.ino = BPF_CORE_READ(inode, i_ino);
 	e.size = BPF_CORE_READ(inode, i_size);
 	e.flags = BPF_CORE_READ(file, f_flags);
 	e.dev = dev;
 	e.open_ns = open_ns;
+	e.own_pid = own_pid_of(task);
+	e.mnt_id = mount_of(file);
+	if (kind & VB_SYNC_RESEND)
+		goto tell;
 
+	/* First the process: from then on its closes are looked at. */
+	if (!note_proc(key->pid, 0))
+		return;
 	entry.opened_at = e.opened_at;
 	entry.file = (__u64)file;
 	entry.ino = e.ino;
@@ -299,26 +374,34 @@ static __always_inline void track(const struct vb_fd_key *key, struct file *file
 	entry.open_ns = open_ns;
 	entry.dev = dev;
 	entry.flags = e.flags;
+	entry.own_pid = e.own_pid;
+	entry.mnt_id = e.mnt_id;
 	__builtin_memcpy(entry.comm, e.comm, sizeof(entry.comm));
 
-	err = old ? -EEXIST : bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
+	err = bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
 	if (err == -EEXIST) {
 		/* Of a close that was not seen, or by a thread that was faster. */
 		old = bpf_map_lookup_elem(&fds, key);
-		if (kind != VB_EVENT_OPEN && is_of(old, file, inode, dev))
+		if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev))
 			return;
 		if (old)
-			send_close(key, old->opened_at, old->ino, old->dev);
-		err = bpf_map_update_elem(&fds, key, &entry, BPF_ANY);
+			send_close(task, key, old->opened_at, old->ino, old->dev);
+		err = bpf_map_update_elem(&fds, key, &entry, BPF_EXIST);
+		/* Gone meanwhile: who looks at it next puts it right. */
+		if (err == -ENOENT)
+			return;
+	} else if (!err) {
+		count_entry(key, 1);
 	}
 	if (err) {
-		count_loss(VB_LOSS_FDS_FULL);
+		lose(VB_LOSS_FDS_FULL);
 		return;
 	}
+tell:
 	send_with_path(&e, file, sb);
 }
 
-static __always_inline void untrack(const struct vb_fd_key *key)
+static __always_inline void untrack(struct task_struct *task, const struct vb_fd_key *key)
 {
 	struct vb_fd *entry = bpf_map_lookup_elem(&fds, key);
 	__u64 opened_at, ino;
@@ -332,24 +415,26 @@ static __always_inline void untrack(const struct vb_fd_key *key)
 	/* Gone already: another thread was faster, and has told. */
 	if (bpf_map_delete_elem(&fds, key))
 		return;
-	send_close(key, opened_at, ino, dev);
+	count_entry(key, -1);
+	send_close(task, key, opened_at, ino, dev);
 }
 
 /*
- * Makes the entry of a descriptor agree with the process's descriptor table,
- * after a call that made it (kind OPEN or DUP) or ended it (AS_FOUND).
+ * Makes the entry of a descriptor agree with its table, after a call that made
+ * or ended it, or for reconciliation. Returns whether it is tracked now.
  *
  * Two threads can race: A closes the descriptor and reads NULL here, B opens
  * the same number and inserts, A deletes B's entry. So: write, read again,
  * repeat until what was written is what is there.
+ *
+ * A global function, verified once by itself; the task is an address.
  */
-static __always_inline void sync_fd(__u32 fd, __u8 kind, __u64 open_ns)
+__noinline int sync_fd(__u64 address, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
 {
-	struct vb_fd_key key = {
-		.pid = bpf_get_current_pid_tgid() >> 32,
-		.fd = fd,
-	};
-	struct file *file = fd_file(fd), *now;
+	struct task_struct *task = (struct task_struct *)address;
+	struct files_struct *files = BPF_CORE_READ(task, files);
+	struct vb_fd_key key = { .pid = pid, .fd = fd };
+	struct file *file = fd_file(files, fd), *now;
 
 	for (int i = 0; i < SYNC_TRIES; i++) {
 		struct super_block *sb;
@@ -357,139 +442,49 @@ static __always_inline void sync_fd(__u32 fd, __u8 kind, __u64 open_ns)
 
 		sb = tracked_sb(file, &dev);
 		if (sb)
-			track(&key, file, sb, dev, kind, open_ns);
+			track(task, &key, file, sb, dev, kind, open_ns);
 		else
-			untrack(&key);
-		now = fd_file(fd);
+			untrack(task, &key);
+		now = fd_file(files, fd);
 		if (now == file)
-			return;
+			return sb != NULL;
 		file = now;
-		kind = AS_FOUND;
+		kind = VB_EVENT_ADOPT;
 		open_ns = 0;
 	}
 	count_loss(VB_LOSS_UNSTABLE);
-}
-
-static __always_inline int handle_enter_open(void)
-{
-	__u32 tid = (__u32)bpf_get_current_pid_tgid();
-	__u32 slot = tid % START_SLOTS;
-	__u64 *start = bpf_map_lookup_elem(&starts, &slot);
-
-	if (start)
-		*start = (__u64)tid << START_TIME_BITS |
-			 (bpf_ktime_get_boot_ns() & START_TIME_MASK);
+	mark(pid, VB_MARK_FOUND);
 	return 0;
 }
 
-/* Nanoseconds since this thread's handle_enter_open(), 0 when it was not seen. */
-static __always_inline __u64 open_duration(void)
-{
-	__u32 tid = (__u32)bpf_get_current_pid_tgid();
-	__u32 slot = tid % START_SLOTS;
-	__u64 *start = bpf_map_lookup_elem(&starts, &slot);
-
-	if (!start || *start >> START_TIME_BITS != tid) {
-		count_loss(VB_LOSS_OPEN_UNTIMED);
-		return 0;
-	}
-	return (bpf_ktime_get_boot_ns() - *start) & START_TIME_MASK;
-}
-
-/* Whether the current process has, or had, a tracked descriptor. */
-static __always_inline bool is_tracked_proc(void)
-{
-	__u32 pid = bpf_get_current_pid_tgid() >> 32;
-
-	return bpf_map_lookup_elem(&procs, &pid) != NULL;
-}
-
-/* After a call that returned a new descriptor, or an error below zero. */
-static __always_inline int handle_new_fd(long ret, __u8 kind)
-{
-	struct file *file;
-	__u32 dev = 0;
-
-	if (ret < 0)
-		return 0;
-	file = fd_file(ret);
-	if (tracked_sb(file, &dev))
-		sync_fd(ret, kind, kind == VB_EVENT_OPEN ? open_duration() : 0);
-	else if (is_tracked_proc())
-		/* It may stand where a close was not seen, or a dup2() replaced. */
-		sync_fd(ret, AS_FOUND, 0);
-	return 0;
-}
-
-static __always_inline int handle_enter_close(__u32 fd)
-{
-	__u64 id = bpf_get_current_pid_tgid();
-	__u32 tid = (__u32)id;
-
-	/* Not only a tracked descriptor: it may become one before the close. */
-	if (!is_tracked_proc())
-		return 0;
-	if (bpf_map_update_elem(&closing, &tid, &fd, BPF_ANY))
-		count_loss(VB_LOSS_CLOSE_UNSEEN);
-	return 0;
-}
-
-static __always_inline int handle_exit_close(void)
-{
-	__u32 tid = (__u32)bpf_get_current_pid_tgid();
-	__u32 *closed = bpf_map_lookup_elem(&closing, &tid);
-	__u32 fd;
-
-	if (!closed)
-		return 0;
-	fd = *closed;
-	bpf_map_delete_elem(&closing, &tid);
-	/* close() frees the descriptor even where it returns an error. */
-	sync_fd(fd, AS_FOUND, 0);
-	return 0;
-}
-
-struct drop {
+/* A part of a table to go through. */
+struct walk {
+	__u64 task;
 	__u32 pid;
-	__u32 failed;
+	__u32 next; /* where it has come to */
+	__u32 last;
+	__u32 kind;
+	__u32 found;      /* descriptors that are tracked */
+	__u32 ring_limit; /* stop when so many bytes wait in the ring; 0: never */
 };
 
-static long drop_entry(void *map, const struct vb_fd_key *key, struct vb_fd *entry,
-		       struct drop *drop)
+static long walk_slot(void *map, const __u32 *index, __u64 *unused, struct walk *walk)
 {
-	struct vb_fd_key own = *key;
-
-	if (own.pid == drop->pid && bpf_map_delete_elem(map, &own))
-		drop->failed = 1;
+	if (walk->next > walk->last)
+		return 1;
+	if (walk->ring_limit &&
+	    bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > walk->ring_limit)
+		return 1;
+	walk->found += sync_fd(walk->task, walk->pid, walk->next, walk->kind, 0);
+	walk->next++;
 	return 0;
 }
 
-/*
- * At the exit of a thread. With the last of a process all its descriptors go;
- * user space is told once and derives the closes.
- */
-static __always_inline int handle_thread_exit(void)
+/* Calls sync_fd() for START_SLOTS descriptors at most; whether that was all. */
+static __always_inline bool walk_table(struct walk *walk)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	__u64 id = bpf_get_current_pid_tgid();
-	__u32 pid = id >> 32, tid = (__u32)id;
-	struct drop drop = { .pid = pid };
-	struct vb_event e;
-
-	if (!is_tracked_proc())
-		return 0;
-	/* A thread killed inside close() never reaches its exit. */
-	bpf_map_delete_elem(&closing, &tid);
-	/* do_exit() counts the thread out before it fires this tracepoint. */
-	if (BPF_CORE_READ(task, signal, live.counter) > 0)
-		return 0;
-	bpf_for_each_map_elem(&fds, drop_entry, &drop, 0);
-	if (drop.failed)
-		count_loss(VB_LOSS_DELETE_FAILED);
-	bpf_map_delete_elem(&procs, &pid);
-	fill_event(&e, VB_EVENT_EXIT, bpf_ktime_get_boot_ns(), 0);
-	send(&e, sizeof(e));
-	return 0;
+	bpf_for_each_map_elem(&starts, walk_slot, walk, 0);
+	return walk->next > walk->last;
 }
 
 #endif /* TRACK_BPF_H */

@@ -68,6 +68,7 @@ mod dumping {
         let estimate = estimator.estimate(entry.dev, path, entry.size);
         Row {
             pid: entry.pid,
+            own_pid: entry.own_pid,
             fd: entry.fd,
             comm: entry.comm.to_string_lossy().into_owned(),
             path: JsonPath::new(path),

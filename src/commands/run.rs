@@ -60,12 +60,12 @@ mod tracking {
     use anyhow::Context;
     use serde::Serialize;
     use vmafx_bypass::tracker::{
-        Event, Losses, Stopper, Subscription, TrackerError, Update, Watch,
+        AttachMode, Event, Losses, Stopper, Subscription, TrackerError, Update, Watch,
     };
     use vmafx_bypass::{Tracker, TrackerOptions};
 
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
-    use crate::cli::{Format, Wait};
+    use crate::cli::{Attach, Format, Wait};
     use crate::commands::estimate::{self, Estimator};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
 
@@ -84,6 +84,7 @@ mod tracking {
         let (tracker, updates) = Tracker::start_subscribed(TrackerOptions {
             prefixes: args.prefix.clone(),
             allow_missing: args.wait.is_some(),
+            attach: mode(args.attach),
             pin_dir: Some(args.pin_dir.clone()),
             max_fds: args.max_fds,
             ring_bytes: args.ring_size.0 as u32,
@@ -99,7 +100,15 @@ mod tracking {
                 args.pin_dir.display()
             ));
         }
-        let mut printer = Printer::new(args, notes);
+        for (mode, error) in tracker.refused_modes() {
+            notes.detail(format_args!("not attached by {}: {error}", mode.name()));
+        }
+        if tracker.in_pid_namespace() {
+            notes.note(
+                "warning: in a pid namespace of its own: processes outside of it are not shown",
+            );
+        }
+        let mut printer = Printer::new(args, notes, tracker.attach_mode());
         let ended = printer
             .begin(&tracker.watches())
             .map_err(Into::into)
@@ -114,14 +123,25 @@ mod tracking {
                 follow(&updates, args.duration.map(|d| *d), &end, &mut printer)
             });
         // The tracker's own errors are told by `stop`, and come first.
-        let tracked = tracker.entries().len();
+        let entries = tracker.entries();
         let (events, losses) = (tracker.events(), tracker.losses());
+        let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
+        let tracked = entries.len();
         let stopped = tracker.stop().map_err(coded);
-        let summarised = printer.end(events, tracked, &losses);
+        let summarised = printer.end(events, tracked, complete, &losses);
         stopped?;
         ended?;
         summarised?;
         Ok(Exit::Done)
+    }
+
+    fn mode(attach: Attach) -> Option<AttachMode> {
+        match attach {
+            Attach::Auto => None,
+            Attach::Fentry => Some(AttachMode::Fentry),
+            Attach::Raw => Some(AttachMode::Raw),
+            Attach::Tracepoint => Some(AttachMode::Tracepoint),
+        }
     }
 
     fn coded(error: TrackerError) -> anyhow::Error {
@@ -216,21 +236,24 @@ mod tracking {
         dev: String,
         source: String,
         read_only: bool,
+        attach: &'static str,
     }
 
     /// Prints events as text rows or NDJSON.
     struct Printer<'a> {
         format: Format,
         notes: &'a Notes,
+        mode: Option<AttachMode>,
         out: BufWriter<std::io::Stdout>,
         estimator: Estimator,
     }
 
     impl<'a> Printer<'a> {
-        fn new(args: &RunArgs, notes: &'a Notes) -> Self {
+        fn new(args: &RunArgs, notes: &'a Notes, mode: Option<AttachMode>) -> Self {
             Self {
                 format: args.format,
                 notes,
+                mode,
                 out: BufWriter::new(io::stdout()),
                 estimator: Estimator::new(args.cache_dir.clone()),
             }
@@ -245,8 +268,9 @@ mod tracking {
                 self.json(&serde_json::json!({"schema": SCHEMA, "stream": "events"}))?;
             }
             if watches.is_empty() {
+                let by = self.mode.map_or("", AttachMode::describe);
                 self.notes
-                    .note("attached by tracepoints; waiting for a mount");
+                    .note(format_args!("attached by {by}; waiting for a mount"));
             }
             for watch in watches {
                 self.mount("attach", watch)?;
@@ -254,7 +278,7 @@ mod tracking {
             if self.format == Format::Text && !self.notes.is_quiet() {
                 writeln!(
                     self.out,
-                    "{:<12} {:<5} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} PATH",
+                    "{:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} PATH",
                     "TIME", "EVENT", "PID", "FD", "COMM", "SIZE", "CACHED", "STATE", "OPEN"
                 )?;
             }
@@ -272,12 +296,14 @@ mod tracking {
                     dev: mount.dev.to_string(),
                     source: mount.source.to_string_lossy().into_owned(),
                     read_only: mount.read_only,
+                    attach: self.mode.map_or("", AttachMode::name),
                 }),
                 Format::Text => {
+                    let by = self.mode.map_or("", AttachMode::describe);
                     let what = match event {
-                        "attach" => "attached by tracepoints, watching",
-                        "mount" => "mounted, watching",
-                        _ => "unmounted, waiting for",
+                        "attach" => format!("attached by {by}, watching"),
+                        "mount" => "mounted, watching".into(),
+                        _ => "unmounted, waiting for".into(),
                     };
                     let mode = if mount.read_only {
                         "read-only"
@@ -314,6 +340,7 @@ mod tracking {
             let estimate = self.estimator.estimate(fd.dev, path, fd.size);
             let row = Row {
                 pid: fd.pid,
+                own_pid: fd.own_pid,
                 fd: fd.fd,
                 comm: fd.comm.to_string_lossy().into_owned(),
                 path: JsonPath::new(path),
@@ -342,7 +369,7 @@ mod tracking {
             let clock = ts.get(11..23).unwrap_or(&ts);
             writeln!(
                 self.out,
-                "{clock:<12} {:<5} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {open:>9} {}",
+                "{clock:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {open:>9} {}",
                 event.kind.name(),
                 row.pid,
                 row.fd,
@@ -359,18 +386,28 @@ mod tracking {
         }
 
         /// The summary, with every loss; printed even with `--quiet`.
-        fn end(&mut self, events: u64, tracked: usize, losses: &Losses) -> Result<()> {
+        fn end(
+            &mut self,
+            events: u64,
+            tracked: usize,
+            complete: bool,
+            losses: &Losses,
+        ) -> Result<()> {
             if self.format == Format::Json {
                 self.json(&serde_json::json!({
                     "event": "summary",
                     "ts": output::time(std::time::SystemTime::now()),
                     "events": events,
                     "tracked": tracked,
-                    "complete": losses.complete(),
+                    "complete": complete,
                     "losses": losses_json(losses),
                 }))?;
             } else {
-                let lost = losses_text(losses).unwrap_or_else(|| "nothing lost".to_owned());
+                let lost = match losses_text(losses) {
+                    None => "nothing lost".to_owned(),
+                    Some(lost) if complete => format!("{lost}; all made good"),
+                    Some(lost) => format!("{lost}; the table is not complete"),
+                };
                 output::report(format_args!(
                     "summary: {events} events, {tracked} descriptors still open, {lost}"
                 ));

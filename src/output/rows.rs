@@ -15,6 +15,8 @@ use super::{JsonPath, human_bytes};
 #[derive(Debug, Serialize)]
 pub struct Row {
     pub pid: u32,
+    /// In the process's own pid namespace.
+    pub own_pid: u32,
     pub fd: u32,
     pub comm: String,
     #[serde(flatten)]

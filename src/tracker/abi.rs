@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, ProgramInput, ProgramMut};
 use plain::Plain;
 
 use super::{Loss, Losses};
@@ -24,34 +24,53 @@ mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/rclone_bypass.skel.rs"));
 }
 
-use skeleton::types::{vb_event, vb_path, vb_path_key, vb_stats};
+use skeleton::types::{vb_event, vb_path, vb_path_key, vb_reconcile, vb_stats};
 pub(super) use skeleton::types::{vb_fd, vb_fd_key, vb_meta};
 pub(super) use skeleton::{OpenRcloneBypassSkel, RcloneBypassSkel, RcloneBypassSkelBuilder};
 
 /// `VB_ABI_VERSION`.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// `enum vb_event_kind`.
 const EVENT_OPEN: u8 = 1;
 const EVENT_DUP: u8 = 2;
 const EVENT_CLOSE: u8 = 3;
 const EVENT_EXIT: u8 = 4;
+const EVENT_INHERIT: u8 = 5;
+const EVENT_RECEIVE: u8 = 6;
+const EVENT_ADOPT: u8 = 7;
+const EVENT_MARK: u8 = 8;
+/// `enum vb_mark`.
+const MARK_FORKED: u32 = 2;
+const MARK_SHARED: u32 = 3;
+const MARK_URING: u32 = 4;
+/// `VB_MARK_ALL`.
+pub(super) const MARK_ALL: u32 = 0;
+/// `VB_SYNC_RESEND`.
+const SYNC_RESEND: u64 = 0x200;
+/// `VB_RECONCILE_DONE` and those below it.
+const RECONCILE_DONE: u32 = 0xffff_ffff;
+const RECONCILE_GONE: u32 = 0xffff_fffe;
+const RECONCILE_OTHER: u32 = 0xffff_fffd;
 /// `VB_LOSS_MAX`.
 const KERNEL_LOSSES: usize = 9;
 /// `VB_PATH_CHUNK`.
 const PATH_CHUNK: usize = 240;
 
+const _: () = assert!(size_of::<vb_reconcile>() == 32);
 const _: () = assert!(size_of::<vb_fd_key>() == 8);
-const _: () = assert!(size_of::<vb_fd>() == 64);
-const _: () = assert!(size_of::<vb_event>() == 88);
+const _: () = assert!(size_of::<vb_fd>() == 72);
+const _: () = assert!(size_of::<vb_event>() == 96);
 const _: () = assert!(size_of::<vb_path_key>() == 24);
 const _: () = assert!(size_of::<vb_path>() == 248);
-const _: () = assert!(size_of::<vb_meta>() == 32);
+const _: () = assert!(size_of::<vb_meta>() == 56);
 const _: () = assert!(size_of::<vb_stats>() == 80);
 const _: () = assert!(size_of::<vb_stats>() == 8 * (KERNEL_LOSSES + 1));
 
 // SAFETY: integers and arrays of them, `repr(C)`, without padding as the size
 // asserts of both sides say: every bit pattern is a value.
 unsafe impl Plain for vb_fd_key {}
+// SAFETY: as above.
+unsafe impl Plain for vb_reconcile {}
 // SAFETY: as above.
 unsafe impl Plain for vb_fd {}
 // SAFETY: as above.
@@ -85,6 +104,10 @@ pub(super) enum Kind {
     Dup,
     Close,
     Exit,
+    Inherit,
+    Receive,
+    Adopt,
+    Mark,
 }
 
 /// A ring buffer record, decoded.
@@ -101,6 +124,8 @@ pub(super) struct RawEvent {
     pub(super) fd: u32,
     pub(super) dev: Dev,
     pub(super) flags: u32,
+    pub(super) own_pid: u32,
+    pub(super) mount_id: u64,
     pub(super) comm: OsString,
     /// Inside the superblock; `None`: it could not be read.
     pub(super) path: Option<OsString>,
@@ -115,6 +140,10 @@ impl RawEvent {
             EVENT_DUP => Kind::Dup,
             EVENT_CLOSE => Kind::Close,
             EVENT_EXIT => Kind::Exit,
+            EVENT_INHERIT => Kind::Inherit,
+            EVENT_RECEIVE => Kind::Receive,
+            EVENT_ADOPT => Kind::Adopt,
+            EVENT_MARK => Kind::Mark,
             _ => return None,
         };
         let start = usize::from(event.path_off);
@@ -134,6 +163,8 @@ impl RawEvent {
             fd: event.fd,
             dev: Dev(event.dev),
             flags: event.flags,
+            own_pid: event.own_pid,
+            mount_id: event.mnt_id.into(),
             comm: comm(&event.comm),
             path: path.map(|bytes| OsStr::from_bytes(bytes).to_os_string()),
         })
@@ -144,6 +175,81 @@ impl RawEvent {
 pub(super) fn comm(raw: &[i8]) -> OsString {
     let bytes = raw.iter().map(|&b| b as u8).take_while(|&b| b != 0);
     OsString::from_vec(bytes.collect())
+}
+
+/// Why a process is to be reconciled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// It may have descriptors that no call told of.
+    Found,
+    /// It was forked, with more than a program copies at once.
+    Forked,
+    /// So may the others that share its descriptor table.
+    Shared,
+    /// io_uring opened or closed something.
+    Uring,
+}
+
+impl Mark {
+    /// Decodes a value of the `marks` map.
+    pub(super) fn decode(bytes: &[u8]) -> Self {
+        match bytes.try_into().map(u32::from_ne_bytes) {
+            Ok(MARK_FORKED) => Self::Forked,
+            Ok(MARK_SHARED) => Self::Shared,
+            Ok(MARK_URING) => Self::Uring,
+            _ => Self::Found,
+        }
+    }
+
+    /// What the descriptors that are found are said to be.
+    fn event(self) -> u8 {
+        match self {
+            Self::Forked => EVENT_INHERIT,
+            Self::Uring => EVENT_OPEN,
+            Self::Found | Self::Shared => EVENT_ADOPT,
+        }
+    }
+}
+
+/// What a run of the `reconcile` program came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reconciled {
+    Done,
+    /// There is no such process, and nothing left of it.
+    Gone,
+    /// It does not share the table that was asked for.
+    Other,
+    /// The ring wants to be emptied, or there is more: go on from here.
+    From(u32),
+}
+
+/// Runs the `reconcile` program on a process's descriptors, from `from` on; in
+/// the kernel, as this thread. With `resend` it tells of those that are known,
+/// too; with `sharing` only if the process shares the table of that one.
+pub(super) fn reconcile(
+    program: &ProgramMut<'_>,
+    (pid, from): (u32, u32),
+    mark: Mark,
+    resend: bool,
+    sharing: Option<u32>,
+) -> libbpf_rs::Result<Reconciled> {
+    let arguments = vb_reconcile {
+        pid: pid.into(),
+        from: from.into(),
+        kind: u64::from(mark.event()) | if resend { SYNC_RESEND } else { 0 },
+        other: sharing.unwrap_or(0).into(),
+    };
+    let mut context = bytes(&arguments).to_vec();
+    let output = program.test_run(ProgramInput {
+        context_in: Some(&mut context),
+        ..ProgramInput::default()
+    })?;
+    Ok(match output.return_value {
+        RECONCILE_DONE => Reconciled::Done,
+        RECONCILE_GONE => Reconciled::Gone,
+        RECONCILE_OTHER => Reconciled::Other,
+        from => Reconciled::From(from),
+    })
 }
 
 /// The kernel's counters.
@@ -276,8 +382,36 @@ mod tests {
             ("VB_EVENT_DUP", EVENT_DUP),
             ("VB_EVENT_CLOSE", EVENT_CLOSE),
             ("VB_EVENT_EXIT", EVENT_EXIT),
+            ("VB_EVENT_INHERIT", EVENT_INHERIT),
+            ("VB_EVENT_RECEIVE", EVENT_RECEIVE),
+            ("VB_EVENT_ADOPT", EVENT_ADOPT),
+            ("VB_EVENT_MARK", EVENT_MARK),
+            ("VB_MARK_FORKED", MARK_FORKED as u8),
+            ("VB_MARK_SHARED", MARK_SHARED as u8),
+            ("VB_MARK_URING", MARK_URING as u8),
         ] {
             assert!(header.contains(&format!("{name} = {expected},")), "{name}");
+        }
+        for (name, expected) in [
+            ("VB_RECONCILE_DONE", RECONCILE_DONE),
+            ("VB_RECONCILE_GONE", RECONCILE_GONE),
+            ("VB_RECONCILE_OTHER", RECONCILE_OTHER),
+        ] {
+            assert!(
+                header.contains(&format!("#define {name} {expected:#x}U")),
+                "{name}"
+            );
+        }
+        for (name, expected) in [("VB_SYNC_RESEND", SYNC_RESEND), ("VB_MARK_ALL", 0)] {
+            let value = if expected == 0 {
+                "0".into()
+            } else {
+                format!("{expected:#x}")
+            };
+            assert!(
+                header.contains(&format!("#define {name} {value}")),
+                "{name}"
+            );
         }
     }
 

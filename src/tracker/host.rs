@@ -3,6 +3,8 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -10,7 +12,7 @@ use nix::sys::statfs::{FsType, statfs};
 
 use super::TrackerError;
 
-const BTF: &str = "/sys/kernel/btf/vmlinux";
+pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 const TRACEFS: &str = "/sys/kernel/tracing";
 /// Where tracefs appears by itself on hosts with debugfs.
 const TRACEFS_IN_DEBUGFS: &str = "/sys/kernel/debug/tracing";
@@ -27,7 +29,7 @@ fn missing<T>(message: impl Into<String>) -> Result<T, TrackerError> {
     Err(TrackerError::Environment(message.into()))
 }
 
-/// Checks rights, BTF and tracefs, which is mounted where it is missing.
+/// Checks rights and BTF.
 pub(super) fn check() -> Result<(), TrackerError> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     if !may_trace(effective_capabilities(&status)) {
@@ -40,7 +42,7 @@ pub(super) fn check() -> Result<(), TrackerError> {
             "`{BTF}` is missing: the kernel needs CONFIG_DEBUG_INFO_BTF (linux 5.15 or newer)"
         ));
     }
-    tracing_folder().map(drop)
+    Ok(())
 }
 
 fn effective_capabilities(status: &str) -> u64 {
@@ -55,22 +57,22 @@ fn may_trace(capabilities: u64) -> bool {
     has(CAP_SYS_ADMIN) || (has(CAP_BPF) && has(CAP_PERFMON))
 }
 
-/// The folder of tracefs, mounted if need be.
-fn tracing_folder() -> Result<PathBuf, TrackerError> {
+/// Sees to it that tracefs is there, mounted if need be.
+pub(super) fn need_tracefs() -> Result<(), TrackerError> {
     let has_events = |folder: &str| Path::new(folder).join("events/syscalls").is_dir();
     for folder in [TRACEFS, TRACEFS_IN_DEBUGFS] {
         if has_events(folder) {
-            return Ok(folder.into());
+            return Ok(());
         }
     }
     let mounted = mount_at(c"tracefs", TRACEFS);
     if has_events(TRACEFS) {
-        return Ok(TRACEFS.into());
+        return Ok(());
     }
     match mounted {
         Err(error) => missing(format!(
             "tracefs is not mounted at `{TRACEFS}` and could not be: {error}; as root run \
-             `mount -t tracefs tracefs {TRACEFS}`"
+             `mount -t tracefs tracefs {TRACEFS}`, or start with --attach raw"
         )),
         Ok(()) => missing(format!(
             "`{TRACEFS}/events/syscalls` is missing: the kernel needs CONFIG_FTRACE_SYSCALLS"
@@ -83,13 +85,36 @@ fn mount_at(fstype: &CStr, folder: &str) -> nix::Result<()> {
     mount(Some(fstype), folder, Some(fstype), flags, None::<&CStr>)
 }
 
-/// Whether the kernel has the tracepoint of a system call's entry.
-pub(super) fn has_syscall(name: &str) -> bool {
+/// Whether tracefs has the tracepoint of a system call, such as `sys_enter_openat`.
+pub(super) fn has_syscall_event(event: &str) -> bool {
     [TRACEFS, TRACEFS_IN_DEBUGFS].iter().any(|folder| {
         Path::new(folder)
-            .join(format!("events/syscalls/sys_enter_{name}"))
+            .join("events/syscalls")
+            .join(event)
             .is_dir()
     })
+}
+
+/// linux/proc_ns.h: PROC_PID_INIT_INO.
+const HOST_PID_NAMESPACE: u64 = 0xefff_fffc;
+
+/// The inode of this process's pid namespace; `None`: it is the host's.
+pub(super) fn pid_namespace() -> Option<u32> {
+    let own = fs::metadata("/proc/self/ns/pid").ok()?.ino();
+    (own != HOST_PID_NAMESPACE).then_some(own as u32)
+}
+
+/// Every process in this process's pid namespace; an error where /proc is
+/// missing, or that of another namespace.
+pub(super) fn processes() -> io::Result<Vec<u32>> {
+    let own = std::process::id();
+    if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
+        return Err(io::Error::other("/proc is of another pid namespace"));
+    }
+    let names = fs::read_dir("/proc")?.flatten().map(|e| e.file_name());
+    Ok(names
+        .filter_map(|name| name.to_str()?.parse().ok())
+        .collect())
 }
 
 /// The folder that pins go to, as an absolute path on a BPF file system, which

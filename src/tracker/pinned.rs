@@ -20,7 +20,8 @@ const META: &str = "meta";
 const STATS: &str = "stats";
 const FDS: &str = "fds";
 const PATHS: &str = "paths";
-const NAMES: [&str; 4] = [META, STATS, FDS, PATHS];
+const MARKS: &str = "marks";
+const NAMES: [&str; 5] = [META, STATS, FDS, PATHS, MARKS];
 
 /// A path reaches the map shortly after its descriptor: how long a dump waits
 /// for all that are missing, and how often it looks.
@@ -85,22 +86,28 @@ impl Pins {
     }
 
     /// Pins the maps and says whose they are.
-    pub(super) fn publish(&self, skeleton: &mut RcloneBypassSkel<'_>) -> Result<(), TrackerError> {
+    pub(super) fn publish(
+        &self,
+        skeleton: &mut RcloneBypassSkel<'_>,
+        published: &mut Published,
+    ) -> Result<(), TrackerError> {
         let own = std::process::id();
-        let meta = vb_meta {
-            since: boot_ns(),
-            start_time: start_time(own).unwrap_or(0),
-            loss_paths: 0,
-            version: abi::VERSION,
-            pid: own,
+        let identity = |meta: &mut vb_meta| {
+            meta.since = boot_ns();
+            meta.start_time = start_time(own).unwrap_or(0);
+            meta.version = abi::VERSION;
+            meta.pid = own;
         };
+        published
+            .try_set(identity)
+            .map_err(|e| failed(&self.dir, e))?;
         let maps = &mut skeleton.maps;
-        write_meta(&maps.meta, &meta).map_err(|e| failed(&self.dir, e))?;
         // META last: who finds it finds the others.
         for (map, name) in [
             (&mut maps.stats, STATS),
             (&mut maps.fds, FDS),
             (&mut maps.paths, PATHS),
+            (&mut maps.marks, MARKS),
             (&mut maps.meta, META),
         ] {
             let path = self.dir.join(name);
@@ -146,17 +153,29 @@ impl Drop for Pins {
 
 const META_KEY: [u8; 4] = 0u32.to_ne_bytes();
 
-fn write_meta(map: &impl MapCore, meta: &vb_meta) -> libbpf_rs::Result<()> {
-    map.update(&META_KEY, abi::bytes(meta), MapFlags::ANY)
+/// The `meta` map, as this process has written it last.
+pub(super) struct Published {
+    map: MapHandle,
+    meta: vb_meta,
 }
 
-/// Records how many paths found no room, for `dump-map`.
-pub(super) fn set_loss_paths(map: &impl MapCore, count: u64) {
-    let current = map.lookup(&META_KEY, MapFlags::ANY).ok().flatten();
-    if let Some(mut meta) = current.and_then(|bytes| abi::value::<vb_meta>(&bytes)) {
-        meta.loss_paths = count;
-        // Display only: the owner's own summary has the count in any case.
-        let _ = write_meta(map, &meta);
+impl Published {
+    pub(super) fn new(map: MapHandle) -> Self {
+        Self {
+            map,
+            meta: vb_meta::default(),
+        }
+    }
+
+    /// Changes it; an error is the owner's to see in its own summary.
+    pub(super) fn set(&mut self, change: impl FnOnce(&mut vb_meta)) {
+        let _ = self.try_set(change);
+    }
+
+    fn try_set(&mut self, change: impl FnOnce(&mut vb_meta)) -> libbpf_rs::Result<()> {
+        change(&mut self.meta);
+        self.map
+            .update(&META_KEY, abi::bytes(&self.meta), MapFlags::ANY)
     }
 }
 
@@ -225,6 +244,8 @@ pub struct Owner {
 pub struct DumpEntry {
     /// The process.
     pub pid: u32,
+    /// Its pid in its own pid namespace.
+    pub own_pid: u32,
     /// The descriptor's number in it.
     pub fd: u32,
     /// The thread's name when it made the descriptor.
@@ -248,6 +269,8 @@ pub struct DumpEntry {
 pub struct Dump {
     /// Who owns them.
     pub owner: Owner,
+    /// Whether no reconciliation was under way.
+    pub settled: bool,
     /// What got lost.
     pub losses: Losses,
     /// What is tracked, by pid and descriptor.
@@ -255,11 +278,12 @@ pub struct Dump {
 }
 
 impl Dump {
-    /// Whether the entries are all that there is: the owner runs and lost
-    /// nothing, and every path has arrived.
+    /// Whether the entries are all that there is: the owner runs, what it lost
+    /// was made good, and every path has arrived.
     #[must_use]
     pub fn complete(&self) -> bool {
         self.owner.alive
+            && self.settled
             && self.losses.complete()
             && self.entries.iter().all(|entry| entry.path.is_some())
     }
@@ -282,6 +306,7 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     };
     let deadline = Instant::now() + PATH_PATIENCE;
     let fds = open_map(pin_dir, FDS)?;
+    let settled = !owner.alive || wait_until_settled(pin_dir, deadline)?;
     let paths = open_map(pin_dir, PATHS)?;
     let mut entries = Vec::new();
     for (key, value) in read_fds(&fds).map_err(|error| DumpError::Unreadable {
@@ -295,6 +320,7 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         };
         entries.push(DumpEntry {
             pid: key.pid,
+            own_pid: value.own_pid,
             fd: key.fd,
             comm: abi::comm(&value.comm),
             path,
@@ -308,17 +334,36 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     entries.sort_by_key(|e| (e.pid, e.fd));
     // Last, so that they hold what got lost meanwhile.
     let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
-    let paths_lost = read_meta(pin_dir)?.loss_paths;
-    losses.0.insert(super::Loss::PathsFull, paths_lost);
+    let meta = read_meta(pin_dir)?;
+    losses.add(super::Loss::PathsFull, meta.loss_paths);
+    losses.add(super::Loss::ReconcileFailed, meta.loss_reconcile);
     if owner.alive {
         let misses = host::recursion_misses(&owner.pid.to_string());
-        losses.0.insert(super::Loss::RecursionMisses, misses);
+        losses.add(super::Loss::RecursionMisses, misses);
     }
+    losses.healed = meta.healed;
     Ok(Dump {
         owner,
+        settled,
         losses,
         entries,
     })
+}
+
+/// Waits for processes that are to be reconciled; false where that takes too
+/// long.
+fn wait_until_settled(pin_dir: &Path, deadline: Instant) -> Result<bool, DumpError> {
+    let marks = open_map(pin_dir, MARKS)?;
+    loop {
+        // In this order: the owner says that it is busy before it takes a mark.
+        if marks.keys().next().is_none() && read_meta(pin_dir)?.busy == 0 {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(PATH_INTERVAL);
+    }
 }
 
 fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {

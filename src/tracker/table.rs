@@ -11,8 +11,11 @@ use crate::mounts::Dev;
 /// An open descriptor below a watched prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrackedFd {
-    /// The process.
+    /// The process; for a thread with a descriptor table of its own
+    /// (unshare(2)), the thread.
     pub pid: u32,
+    /// The process's pid in its own pid namespace.
+    pub own_pid: u32,
     /// The descriptor's number in it.
     pub fd: u32,
     /// The thread's name when it made the descriptor.
@@ -40,6 +43,13 @@ pub enum EventKind {
     Open,
     /// A dup call made it.
     Dup,
+    /// A fork copied it from the parent.
+    Inherit,
+    /// Another process passed it, or it was taken from one: SCM_RIGHTS,
+    /// pidfd_getfd(2), a seccomp(2) supervisor.
+    Receive,
+    /// It was found open: from before the start, or no call told of it.
+    Adopt,
     /// It was closed or replaced, or its process has exited.
     Close,
 }
@@ -51,6 +61,9 @@ impl EventKind {
         match self {
             Self::Open => "open",
             Self::Dup => "dup",
+            Self::Inherit => "inherit",
+            Self::Receive => "receive",
+            Self::Adopt => "adopt",
             Self::Close => "close",
         }
     }
@@ -112,6 +125,8 @@ struct Entry {
 pub(super) struct Change {
     pub(super) id: Id,
     pub(super) within: bool,
+    /// Subscribers know of it: its path alone is new.
+    pub(super) told: bool,
     pub(super) event: Event,
 }
 
@@ -160,14 +175,35 @@ impl Table {
             } => {
                 let at = fd.opened_at;
                 let fd = Arc::new(fd);
+                if let Some(known) = self.0.get_mut(&(id.pid, id.fd))
+                    && known.opened_at == id.opened_at
+                {
+                    // Told again, perhaps with the path that it had lacked.
+                    if known.fd.path.is_some() || fd.path.is_none() {
+                        return changes;
+                    }
+                    known.within = within;
+                    known.fd = Arc::clone(&fd);
+                    changes.push(Change {
+                        id,
+                        within,
+                        told: true,
+                        event: Event { kind, at, tid, fd },
+                    });
+                    return changes;
+                }
                 let newer = self.0.get(&(id.pid, id.fd));
                 if newer.is_some_and(|e| e.opened_at > id.opened_at) {
                     // Threads that race report in any order: this one has
                     // been replaced already.
                     for kind in [kind, EventKind::Close] {
                         let fd = Arc::clone(&fd);
-                        let event = Event { kind, at, tid, fd };
-                        changes.push(Change { id, within, event });
+                        changes.push(Change {
+                            id,
+                            within,
+                            told: false,
+                            event: Event { kind, at, tid, fd },
+                        });
                     }
                     return changes;
                 }
@@ -182,6 +218,7 @@ impl Table {
                 changes.push(Change {
                     id,
                     within,
+                    told: false,
                     event: Event { kind, at, tid, fd },
                 });
             }
@@ -217,9 +254,15 @@ impl Table {
         self.0.contains_key(&key)
     }
 
-    /// Every entry's key, shown or not.
-    pub(super) fn keys(&self) -> Vec<(u32, u32)> {
-        self.0.keys().copied().collect()
+    /// Every process with an entry.
+    pub(super) fn pids(&self) -> std::collections::BTreeSet<u32> {
+        self.0.keys().map(|(pid, _)| *pid).collect()
+    }
+
+    /// The key of every entry of these processes, shown or not.
+    pub(super) fn keys(&self, pids: std::ops::RangeInclusive<u32>) -> Vec<(u32, u32)> {
+        let range = (*pids.start(), 0)..=(*pids.end(), u32::MAX);
+        self.0.range(range).map(|(key, _)| *key).collect()
     }
 
     /// Makes an entry agree with the kernel's map, which is the truth: events
@@ -263,6 +306,7 @@ impl Table {
                 opened_at: entry.opened_at,
             },
             within: entry.within,
+            told: false,
             event: Event {
                 kind: EventKind::Close,
                 at,
@@ -286,6 +330,7 @@ mod tests {
             id: Id { pid, fd, opened_at },
             fd: TrackedFd {
                 pid,
+                own_pid: pid,
                 fd,
                 comm: "c".into(),
                 path: None,

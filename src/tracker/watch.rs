@@ -64,10 +64,13 @@ impl Watch {
     }
 }
 
-/// The absolute path of a file on a watched superblock, through the first
-/// prefix that it is below.
-pub(super) fn show(watches: &[Watch], dev: Dev, inside: &Path) -> Option<PathBuf> {
-    watches.iter().find_map(|w| w.show(dev, inside))
+/// The absolute path of a file on a watched superblock, through the mount that
+/// it was opened through if a prefix is on it, else (another place of the same
+/// superblock, or another mount namespace) the first prefix that it is below.
+pub(super) fn show(watches: &[Watch], dev: Dev, mount_id: u64, inside: &Path) -> Option<PathBuf> {
+    let (through, others): (Vec<_>, Vec<_>) = watches.iter().partition(|w| w.mount.id == mount_id);
+    let mut best = through.into_iter().chain(others);
+    best.find_map(|w| w.show(dev, inside))
 }
 
 /// A prefix as it was given, and as it resolved last.

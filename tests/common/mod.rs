@@ -250,12 +250,27 @@ impl Drop for Tracking {
 pub struct Worker {
     child: Child,
     output: BufReader<ChildStdout>,
+    first: String,
 }
 
 impl Worker {
     /// Runs `script`; in it `step()` reports and waits for the next
     /// [`proceed`](Self::proceed).
     pub fn start(folder: &Path, script: &str, args: &[&str]) -> Self {
+        let mut worker = Self::spawn(folder, script, args);
+        worker.first = worker.read();
+        if worker.first == "ready" {
+            worker.first.clear();
+        }
+        worker
+    }
+
+    /// The line that the script printed before its first [`step`].
+    pub fn line(&self) -> &str {
+        &self.first
+    }
+
+    fn spawn(folder: &Path, script: &str, args: &[&str]) -> Self {
         let prelude = "import os,sys,threading,time\n\
                        def step():\n print('ready',flush=True); sys.stdin.readline()\n";
         let mut child = Command::new("python3")
@@ -268,19 +283,21 @@ impl Worker {
             .spawn()
             .unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
-        let mut worker = Self { child, output };
-        worker.wait();
-        worker
+        Self {
+            child,
+            output,
+            first: String::new(),
+        }
     }
 
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    fn wait(&mut self) {
+    fn read(&mut self) -> String {
         let mut line = String::new();
         self.output.read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
+        line.trim_end().to_owned()
     }
 
     fn wake(&mut self) {
@@ -290,7 +307,7 @@ impl Worker {
     /// Lets it go on to its next step.
     pub fn proceed(&mut self) {
         self.wake();
-        self.wait();
+        assert_eq!(self.read(), "ready");
     }
 
     /// Kills it.

@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The lives of processes: forks copy descriptor tables, exec closes some of a
+ * table, the end of a process all of it; and reconciliation, which user space
+ * runs by BPF_PROG_RUN for a process that was marked.
+ */
+#ifndef LIVES_BPF_H
+#define LIVES_BPF_H
+
+/* Bytes in the ring at which reconciliation lets user space take them first. */
+const volatile __u32 ring_limit = 0;
+
+/* A table of at most so many descriptors is copied by the fork's own handler. */
+#define INLINE_SLOTS 1024
+
+/* Entries to forget. */
+struct drop {
+	__u32 pid;
+	__u32 from; /* the first descriptor */
+	__u32 failed;
+};
+
+static long drop_entry(void *map, const struct vb_fd_key *key, struct vb_fd *entry,
+		       struct drop *drop)
+{
+	struct vb_fd_key own = *key;
+	long err;
+
+	if (own.pid != drop->pid || own.fd < drop->from)
+		return 0;
+	err = bpf_map_delete_elem(map, &own);
+	if (!err)
+		count_entry(&own, -1);
+	else if (err != -ENOENT)
+		drop->failed = 1;
+	return 0;
+}
+
+/* Goes through all of `fds`, which may be large. */
+static __always_inline void drop_from(__u32 pid, __u32 from)
+{
+	struct drop drop = { .pid = pid, .from = from };
+
+	bpf_for_each_map_elem(&fds, drop_entry, &drop, 0);
+	if (drop.failed)
+		count_loss(VB_LOSS_DELETE_FAILED);
+}
+
+static long drop_slot(void *map, const __u32 *index, __u64 *unused, struct walk *walk)
+{
+	struct vb_fd_key key = { .pid = walk->pid, .fd = walk->next };
+
+	/* `found` counts down to the last that there is. */
+	if (!walk->found || walk->next++ > walk->last)
+		return 1;
+	if (!bpf_map_delete_elem(&fds, &key)) {
+		count_entry(&key, -1);
+		walk->found--;
+	}
+	return 0;
+}
+
+/*
+ * Forgets a table that is gone; user space is told once and derives the closes.
+ * Of the task, by its descriptors, where they can be told.
+ */
+__noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
+{
+	struct task_struct *task = (struct task_struct *)address;
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
+	struct walk walk = { .pid = pid };
+	struct files_struct *files;
+	struct vb_event e;
+
+	if (!proc)
+		return 0;
+	files = task ? BPF_CORE_READ(task, files) : NULL;
+	walk.found = proc->entries;
+	if (files && walk.found) {
+		walk.last = table_size(files);
+		bpf_for_each_map_elem(&starts, drop_slot, &walk, 0);
+	}
+	if (walk.found)
+		drop_from(pid, 0);
+	if (ended)
+		bpf_map_delete_elem(&procs, &pid);
+	__builtin_memset(&e, 0, sizeof(e));
+	e.kind = VB_EVENT_EXIT;
+	e.ts = bpf_ktime_get_boot_ns();
+	e.pid = pid;
+	e.tid = task ? tid_of(task) : pid;
+	send(&e, sizeof(e));
+	return 0;
+}
+
+/* Whether there may be descriptors that nobody has been told of yet. */
+static __always_inline bool is_sweeping(void)
+{
+	__u32 zero = 0, *sweep = bpf_map_lookup_elem(&sweeping, &zero);
+
+	return sweep && *sweep;
+}
+
+/* After a fork, of a process or of a thread: the child has not run yet. */
+static __always_inline int handle_fork(struct task_struct *parent, struct task_struct *child)
+{
+	bool same = BPF_CORE_READ(parent, files) == BPF_CORE_READ(child, files);
+	__u32 parents = tgid_of(parent), tgid = tgid_of(child);
+	struct walk walk = { .task = (__u64)child, .kind = VB_EVENT_INHERIT };
+
+	if ((parents == tgid && same) || !tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
+		return 0;
+	if (same) {
+		/* CLONE_FILES without CLONE_THREAD: two processes with one table. */
+		note_proc(table_id((__u64)parent, parents), VB_PROC_SHARED);
+		note_proc(tgid, VB_PROC_SHARED);
+		mark(tgid, VB_MARK_SHARED);
+		return 0;
+	}
+	/*
+	 * What another thread of the parent has just opened may be in the copy
+	 * before that thread has noted it; without one, the parent is known.
+	 */
+	if (parents && !bpf_map_lookup_elem(&procs, &parents) && threads_of(parent) == 1 &&
+	    !is_sweeping())
+		return 0;
+	walk.pid = tgid;
+	if (parents == tgid) {
+		/* CLONE_THREAD without CLONE_FILES. */
+		walk.pid = tid_of(child);
+		note_proc(tgid, VB_PROC_THREADS);
+	}
+	walk.last = table_size(BPF_CORE_READ(child, files)) - 1;
+	if (walk.last >= INLINE_SLOTS)
+		mark(walk.pid, VB_MARK_FORKED);
+	else
+		walk_table(&walk);
+	return 0;
+}
+
+/* After an exec: what was to be closed is closed, all other threads are gone. */
+static __always_inline int handle_exec(struct task_struct *task, __u32 old_tid)
+{
+	__u32 tgid = current_tgid();
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	struct walk walk = { .task = (__u64)task, .pid = tgid, .kind = VB_EVENT_ADOPT };
+
+	if (!proc)
+		return 0;
+	/* A thread with a table of its own has become the process. */
+	if (!pidns_inum && old_tid != tgid)
+		drop_table(0, old_tid, true);
+	walk.last = table_size(BPF_CORE_READ(task, files)) - 1;
+	/* The table may be a smaller copy of the one before: then the rest of it. */
+	if (!walk_table(&walk) || proc->entries != walk.found)
+		mark(tgid, VB_MARK_FOUND);
+	return 0;
+}
+
+/* At the exit of a thread, which still has its table. */
+static __always_inline int handle_thread_exit(struct task_struct *task)
+{
+	__u32 tgid = current_tgid(), tid, pid;
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	bool last;
+
+	if (!proc)
+		return 0;
+	/* do_exit() counts the thread out before it fires this tracepoint. */
+	last = BPF_CORE_READ(task, signal, live.counter) <= 0;
+	if (proc->flags & VB_PROC_THREADS) {
+		pid = table_id((__u64)task, tgid);
+		tid = tid_of(task);
+		if (pid == tid && BPF_CORE_READ(task, files, count.counter) == 1)
+			drop_table((__u64)task, pid, pid != tgid);
+		else if (!last)
+			mark(tgid, VB_MARK_FOUND);
+	}
+	if (last)
+		drop_table((__u64)task, tgid, true);
+	return 0;
+}
+
+/* Whether an io_uring operation makes or ends descriptors. */
+static __always_inline bool changes_fds(__u8 opcode)
+{
+	/* linux/io_uring.h; IORING_OP_FIXED_FD_INSTALL came with 6.8 */
+	return opcode == IORING_OP_OPENAT || opcode == IORING_OP_OPENAT2 ||
+	       opcode == IORING_OP_CLOSE || opcode == IORING_OP_RECVMSG || opcode == 54;
+}
+
+/* When io_uring takes an operation: it is done now, or later by another thread. */
+static __always_inline int handle_uring_submit(struct io_kiocb *request)
+{
+	__u32 tgid;
+
+	if (!changes_fds(BPF_CORE_READ(request, opcode)))
+		return 0;
+	tgid = current_tgid();
+	if (tgid && note_proc(tgid, VB_PROC_URING))
+		mark(tgid, VB_MARK_URING);
+	return 0;
+}
+
+/* When an operation is done: which one, older kernels do not tell. */
+static __always_inline int handle_uring_complete(void)
+{
+	__u32 tgid = current_tgid();
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+
+	if (proc && (proc->flags & VB_PROC_URING))
+		mark(tgid, VB_MARK_URING);
+	return 0;
+}
+
+/* The threads of a process that have not its first thread's table. */
+struct threads {
+	__u64 head;
+	__u64 node;
+	__u64 leaders; /* the first thread's table, 0: it has exited */
+	__u64 other;   /* a thread with the process's table where it has */
+	__u32 apart; /* 1: there are some. Not counted: the verifier would follow every count */
+};
+
+static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
+			   struct threads *threads)
+{
+	struct task_struct *task = (struct task_struct *)(threads->node -
+		bpf_core_field_offset(struct task_struct, thread_node));
+	__u64 files;
+	__u32 tid;
+
+	if (!threads->node || threads->node == threads->head)
+		return 1;
+	threads->node = (__u64)BPF_CORE_READ(task, thread_node.next);
+	files = (__u64)BPF_CORE_READ(task, files);
+	if (!files || files == threads->leaders)
+		return 0;
+	tid = tid_of(task);
+	if (threads->leaders || bpf_map_lookup_elem(&procs, &tid)) {
+		threads->apart = 1;
+		mark(tid, VB_MARK_FOUND);
+	} else {
+		threads->other = (__u64)task;
+	}
+	return 0;
+}
+
+static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, __u32 other)
+{
+	struct task_struct *task = (struct task_struct *)find_task(pid), *others;
+	struct walk walk = { .pid = pid, .next = from, .kind = kind };
+	struct threads threads = {};
+	struct files_struct *files;
+	struct vb_proc *proc;
+	__u32 tgid;
+
+	if (!task) {
+		drop_table(0, pid, true);
+		/* The number may have been given away again before that. */
+		return find_task(pid) ? 0 : VB_RECONCILE_GONE;
+	}
+	tgid = tgid_of(task);
+	files = BPF_CORE_READ(task, files);
+	if (tgid == pid && (!files || (!from && threads_of(task) > 1))) {
+		struct signal_struct *signal = BPF_CORE_READ(task, signal);
+
+		threads.head = (__u64)signal + bpf_core_field_offset(struct signal_struct, thread_head);
+		threads.node = (__u64)BPF_CORE_READ(signal, thread_head.next);
+		threads.leaders = (__u64)files;
+		bpf_for_each_map_elem(&starts, look_at_thread, &threads, 0);
+		if (threads.apart)
+			note_proc(pid, VB_PROC_THREADS);
+		if (!files && threads.other) {
+			task = (struct task_struct *)threads.other;
+			files = BPF_CORE_READ(task, files);
+		}
+	} else if (tgid != pid && files == BPF_CORE_READ(task, group_leader, files)) {
+		/* No table of its own any more. */
+		goto gone;
+	}
+	if (!files || (BPF_CORE_READ(task, flags) & PF_KTHREAD))
+		goto gone;
+	if (other) {
+		others = (struct task_struct *)find_task(other);
+		if (!others || BPF_CORE_READ(others, files) != files)
+			return VB_RECONCILE_OTHER;
+		note_proc(pid, VB_PROC_SHARED);
+	} else if (!from && tgid == pid &&
+		   BPF_CORE_READ(files, count.counter) > threads_of(task) && !threads.apart) {
+		/* More users than threads: other processes, or somebody looks at it. */
+		note_proc(pid, VB_PROC_SHARED);
+		mark(pid, VB_MARK_SHARED);
+	}
+	walk.task = (__u64)task;
+	walk.last = table_size(files) - 1;
+	walk.ring_limit = ring_limit;
+	if (!walk_table(&walk))
+		return walk.next;
+	proc = bpf_map_lookup_elem(&procs, &pid);
+	/* Entries beyond the end of a table that has replaced a larger one. */
+	if (proc && (from || proc->entries != walk.found))
+		drop_from(pid, walk.last + 1);
+	return VB_RECONCILE_DONE;
+gone:
+	drop_table(0, pid, true);
+	return VB_RECONCILE_GONE;
+}
+
+#endif /* LIVES_BPF_H */

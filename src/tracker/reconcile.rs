@@ -1,0 +1,267 @@
+//! Makes the table agree with the kernel's descriptor tables again: for single
+//! processes that the BPF programs have marked, for all of them at the start
+//! and when mounts change, and after a loss until nothing is lost any more.
+//!
+//! The descriptor tables are looked at in the kernel, by the `reconcile` program
+//! that this thread runs: the very routine that follows system calls decides,
+//! against programs that race with it, too. /proc only tells which processes
+//! there are.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant, SystemTime};
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle, ProgramMut};
+
+use super::abi::{self, Mark, Reconciled};
+use super::session::Source;
+use super::state::State;
+use super::{TrackerError, failed, host};
+
+/// From a mark to its reconciliation: several marks are one then.
+const MARK_DELAY: Duration = Duration::from_millis(10);
+/// At most so long, however long the last round took.
+const MARK_DELAY_MAX: Duration = Duration::from_millis(80);
+/// A round is not followed by the next before so many times its own duration:
+/// what bounds the CPU time of reconciliation to a twentieth.
+const IDLE_FACTOR: u32 = 20;
+/// From a loss to the first try to make it good, and at most between tries.
+const HEAL_DELAY: Duration = Duration::from_millis(50);
+const HEAL_DELAY_MAX: Duration = Duration::from_secs(1);
+/// Programs that did not run leave no event: how often to look for such.
+const MISSES_INTERVAL: Duration = Duration::from_secs(1);
+/// Rounds that marks may cause by marking others.
+const ROUNDS_MAX: usize = 8;
+/// Runs of the program for one process, of up to 65,536 descriptors each.
+const RUNS_MAX: usize = 4_096;
+
+pub(super) struct Reconciler<'a> {
+    pub(super) program: ProgramMut<'a>,
+    pub(super) marks: MapHandle,
+    pub(super) sweeping: MapHandle,
+    pub(super) source: Source<'a>,
+    /// When to look at the marks.
+    due: Option<Instant>,
+    /// When to make losses good, and how long to wait after that fails.
+    heal_due: Option<Instant>,
+    heal_delay: Duration,
+    /// How long the last round took.
+    took: Duration,
+    misses_due: Instant,
+}
+
+impl<'a> Reconciler<'a> {
+    pub(super) fn new(
+        program: ProgramMut<'a>,
+        marks: MapHandle,
+        sweeping: MapHandle,
+        source: Source<'a>,
+    ) -> Self {
+        Self {
+            program,
+            marks,
+            sweeping,
+            source,
+            due: None,
+            heal_due: None,
+            heal_delay: HEAL_DELAY,
+            took: Duration::ZERO,
+            misses_due: Instant::now() + MISSES_INTERVAL,
+        }
+    }
+
+    /// When there is something to do without an event.
+    pub(super) fn next_due(&self) -> Instant {
+        let others = self.due.into_iter().chain(self.heal_due);
+        others.fold(self.misses_due, Instant::min)
+    }
+
+    /// Does what is due; called after events were applied.
+    pub(super) fn work(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+        let now = Instant::now();
+        if state.marked {
+            state.marked = false;
+            let delay = (self.took * IDLE_FACTOR).clamp(MARK_DELAY, MARK_DELAY_MAX);
+            self.due.get_or_insert(now + delay);
+        }
+        if !state.pathless.is_empty() {
+            self.due.get_or_insert(now + MARK_DELAY);
+        }
+        if self.misses_due <= now {
+            state.shared.note_recursion_misses();
+            self.misses_due = now + MISSES_INTERVAL;
+        }
+        if self.heal_due.is_none() && !state.shared.known_losses().complete() {
+            self.heal_due = Some(now + self.heal_delay);
+        }
+        if self.due.is_some_and(|due| due <= now) {
+            self.due = None;
+            self.busy(state, Self::settle_marks)?;
+        }
+        if self.heal_due.is_some_and(|due| due <= now) {
+            self.heal_due = None;
+            self.busy(state, Self::heal)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at every process: at the start, and when mounts have come or gone.
+    pub(super) fn adopt(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+        self.busy(state, |this, state| {
+            if !this.sweep(state, false)? {
+                state.shared.note_reconcile_failed(&mut state.published);
+            }
+            this.settle_marks(state)
+        })
+    }
+
+    /// `dump-map` waits until it is over.
+    fn busy(
+        &mut self,
+        state: &mut State<'_>,
+        work: impl FnOnce(&mut Self, &mut State<'_>) -> Result<(), TrackerError>,
+    ) -> Result<(), TrackerError> {
+        let started = Instant::now();
+        state.published.set(|meta| meta.busy = 1);
+        let result = work(self, state);
+        state.published.set(|meta| meta.busy = 0);
+        self.took = started.elapsed();
+        result
+    }
+
+    /// Reconciles the marked processes, and those that are marked by that.
+    fn settle_marks(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+        for _ in 0..ROUNDS_MAX {
+            self.source.drain(state);
+            state.marked = false;
+            let pathless: BTreeSet<u32> = state.pathless.drain(..).collect();
+            for pid in pathless {
+                self.one(state, pid, Mark::Found, true, None)?;
+            }
+            let keys: Vec<Vec<u8>> = self.marks.keys().collect();
+            if keys.is_empty() {
+                break;
+            }
+            for key in keys {
+                let why = self.marks.lookup(&key, MapFlags::ANY).ok().flatten();
+                // First: a mark that comes from now on is a new one.
+                let _ = self.marks.delete(&key);
+                let Some(pid) = key.try_into().ok().map(u32::from_ne_bytes) else {
+                    continue;
+                };
+                let mark = why.map_or(Mark::Found, |bytes| Mark::decode(&bytes));
+                if pid == abi::MARK_ALL {
+                    self.heal_due
+                        .get_or_insert(Instant::now() + self.heal_delay);
+                    continue;
+                }
+                self.one(state, pid, mark, false, None)?;
+                if mark == Mark::Shared {
+                    self.sharers(state, pid)?;
+                }
+            }
+        }
+        if !self.marks_are_empty() {
+            self.due.get_or_insert(Instant::now() + MARK_DELAY);
+        }
+        self.source.drain(state);
+        Ok(())
+    }
+
+    fn marks_are_empty(&self) -> bool {
+        self.marks.keys().next().is_none()
+    }
+
+    /// Tries to make all losses good: the table is exact if none came meanwhile.
+    fn heal(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+        let before = state.shared.losses().breaking();
+        let mut exact = self.sweep(state, true)?;
+        self.settle_marks(state)?;
+        let now = SystemTime::now();
+        let keys = state.write_table().keys(0..=u32::MAX);
+        for key in keys {
+            state.agree(key, now, true);
+        }
+        exact &= state.shared.losses().breaking() == before;
+        if exact {
+            state.shared.note_healed(before);
+            state.published.set(|meta| meta.healed = before);
+            self.heal_delay = HEAL_DELAY;
+        } else {
+            self.heal_delay = (self.heal_delay * 2).min(HEAL_DELAY_MAX);
+            self.heal_due = Some(Instant::now() + self.heal_delay);
+        }
+        Ok(())
+    }
+
+    /// Reconciles every process; false where they could not all be told. With
+    /// `resend` the kernel tells of every descriptor again.
+    fn sweep(&mut self, state: &mut State<'_>, resend: bool) -> Result<bool, TrackerError> {
+        // Forks are looked at whatever their parents are known to have: a child
+        // may come in before the place where we are.
+        self.set_sweeping(1)?;
+        let pids = host::processes();
+        let complete = pids.is_ok();
+        for pid in pids.unwrap_or_default() {
+            self.one(state, pid, Mark::Found, resend, None)?;
+        }
+        self.set_sweeping(0)?;
+        // Entries of processes that are gone by now.
+        let known: BTreeSet<u32> = state.write_table().pids();
+        for pid in known {
+            self.one(state, pid, Mark::Found, false, None)?;
+        }
+        self.source.drain(state);
+        Ok(complete)
+    }
+
+    fn set_sweeping(&self, on: u32) -> Result<(), TrackerError> {
+        self.sweeping
+            .update(&0u32.to_ne_bytes(), &on.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|e| failed("BPF map", e))
+    }
+
+    /// Reconciles the processes that share this one's descriptor table.
+    fn sharers(&mut self, state: &mut State<'_>, pid: u32) -> Result<(), TrackerError> {
+        let Ok(all) = host::processes() else {
+            state.shared.note_reconcile_failed(&mut state.published);
+            return Ok(());
+        };
+        for other in all.into_iter().filter(|other| *other != pid) {
+            self.one(state, other, Mark::Found, false, Some(pid))?;
+        }
+        Ok(())
+    }
+
+    /// Reconciles one process, or a thread with a table of its own.
+    fn one(
+        &mut self,
+        state: &mut State<'_>,
+        pid: u32,
+        mark: Mark,
+        resend: bool,
+        sharing: Option<u32>,
+    ) -> Result<(), TrackerError> {
+        let mut from = 0;
+        for _ in 0..RUNS_MAX {
+            let found = abi::reconcile(&self.program, (pid, from), mark, resend, sharing)
+                .map_err(|e| failed("reconciling with the kernel", e))?;
+            match found {
+                Reconciled::Other => return Ok(()),
+                Reconciled::From(next) => {
+                    from = next;
+                    self.source.drain(state);
+                }
+                Reconciled::Done | Reconciled::Gone => {
+                    let now = SystemTime::now();
+                    let keys = state.write_table().keys(pid..=pid);
+                    for key in keys {
+                        state.agree(key, now, false);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        state.shared.note_reconcile_failed(&mut state.published);
+        Ok(())
+    }
+}
