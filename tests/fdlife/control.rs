@@ -146,6 +146,17 @@ impl Control {
         matches!(old, Ok(_) | Err(RUNNING))
     }
 
+    /// After an exec: what other threads of the process had reserved is for
+    /// nobody. A child that comes for one all the same finds that, and ends.
+    pub fn abandon(&self, tgid: i32) {
+        for slot in &self.slots {
+            if slot.tgid.load(SeqCst) == tgid {
+                // Where it is not reserved, it is somebody's.
+                let _ = slot.state.compare_exchange(RESERVED, FREE, SeqCst, SeqCst);
+            }
+        }
+    }
+
     /// Frees the slots of the dead: a thread's exec or exit_group() ends the
     /// others of its process wherever they are.
     pub fn reclaim(&self, of: impl Fn(&Slot) -> bool) {

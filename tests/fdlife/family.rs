@@ -153,10 +153,14 @@ impl Family {
 
     /// Lets all work until so many calls were made.
     pub fn run_until(&self, calls: u64, end: Instant) -> Result<(), String> {
-        let deadline = Instant::now() + pace(Duration::from_secs(60));
+        let begin = Instant::now();
         while self.control.calls.load(SeqCst) < calls && Instant::now() < end {
-            if Instant::now() > deadline {
+            if begin.elapsed() > pace(Duration::from_secs(60)) {
                 return Err(self.hang("nothing moves"));
+            }
+            if begin.elapsed().as_millis() % 100 == 0 {
+                self.reap();
+                self.control.reclaim(|_| true);
             }
             if self.live() == 0 {
                 // All have died at once: the next checkpoint is now.
@@ -174,6 +178,8 @@ impl Family {
 
     /// Whether nobody is at a call, and nobody is about to come.
     fn is_at_rest(&self) -> bool {
+        // Until then the dead look alive.
+        self.reap();
         self.control.reclaim(|_| true);
         let reserved = self.control.reserved.load(SeqCst);
         let at_rest = || {
@@ -191,7 +197,6 @@ impl Family {
     }
 
     pub fn resume(&self) {
-        self.reap();
         self.control.epoch.fetch_add(1, SeqCst);
         calls::futex_wake(&self.control.epoch);
     }
@@ -200,8 +205,8 @@ impl Family {
     pub fn stop(&mut self) -> Result<(), String> {
         self.control.stop.store(1, SeqCst);
         self.wait("not all end", || {
-            self.control.reclaim(|_| true);
             self.reap();
+            self.control.reclaim(|_| true);
             self.live() == 0 && truth::family(&self.sessions).is_empty()
         })
     }

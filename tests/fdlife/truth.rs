@@ -234,10 +234,16 @@ pub fn describe(differences: &[Difference], most: usize) -> String {
         None => "nothing".into(),
     };
     for ((pid, fd), truth, dump) in differences.iter().take(most) {
-        let threads = numbers(&PathBuf::from(format!("/proc/{pid}/task"))).count();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:\t"));
+        let whose = match tgid {
+            Some(tgid) if tgid == pid.to_string() => String::new(),
+            Some(tgid) => format!(" (a thread of {tgid})"),
+            None => " (gone)".into(),
+        };
         let _ = writeln!(
             text,
-            "  pid {pid} ({threads} threads) fd {fd}: /proc has {}, dump-map {}",
+            "  pid {pid}{whose} fd {fd}: /proc has {}, dump-map {}",
             shown(truth),
             shown(dump),
         );

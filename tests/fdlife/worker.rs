@@ -22,6 +22,8 @@ const MOST_WIDE: usize = 6;
 /// How many descriptors a process may have.
 const DESCRIPTORS: u64 = 200;
 const DESCRIPTORS_WIDE: u64 = 3_000;
+/// How many more the loader may have, to start a program.
+const ROOM: u64 = 50;
 /// Calls that a loop makes, unless it is a worker's first ones.
 const LIFE: u64 = 300;
 const FOR_GOOD: u64 = u64::MAX;
@@ -91,27 +93,44 @@ pub fn begin(task: &str) -> ! {
     CONTROL.get_or_init(|| control);
     calls::make_stacks();
     if task.threads > 0 {
-        be_first(&task);
+        be_first();
     }
+    set_limit(descriptors(task.worker));
     let mut own = Loop::new(control, task.slot, task.worker, task.seed, task.life);
+    if task.threads == 0 {
+        control.abandon(own.tgid);
+    }
     for _ in 1..task.threads {
         own.start_thread(libc::CLONE_FILES, FOR_GOOD);
     }
     own.run()
 }
 
-/// A session of its own, by which the harness finds all that comes of it.
-fn be_first(task: &Task) {
-    calls::plain(libc::SYS_setsid, &[]);
-    // Nobody waits for children.
-    calls::ignore_children();
-    let most = if is_wide(task.worker) {
+fn descriptors(worker: u32) -> u64 {
+    if is_wide(worker) {
         DESCRIPTORS_WIDE
     } else {
         DESCRIPTORS
-    };
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most)
-        .expect("setrlimit");
+    }
+}
+
+/// Limits descriptors.
+fn set_limit(most: u64) {
+    // struct rlimit: soft and hard.
+    let mut limit = [most, DESCRIPTORS_WIDE + ROOM];
+    calls::with(
+        libc::SYS_setrlimit,
+        &[libc::RLIMIT_NOFILE as usize],
+        1,
+        &mut limit,
+    );
+}
+
+/// A session of its own, by which the harness finds all that comes of it.
+fn be_first() {
+    calls::plain(libc::SYS_setsid, &[]);
+    // Nobody waits for children.
+    calls::ignore_children();
     calls::plain(libc::SYS_close_range, &[3, usize::MAX, 0]);
 }
 
@@ -182,11 +201,7 @@ impl Loop {
 
     /// Descriptors are below this.
     pub fn limit(&self) -> u64 {
-        if is_wide(self.worker) {
-            DESCRIPTORS_WIDE
-        } else {
-            DESCRIPTORS
-        }
+        descriptors(self.worker)
     }
 
     fn reserve(&mut self, life: u64) -> Option<usize> {
@@ -268,10 +283,12 @@ impl Loop {
         let slot = &self.control.slots[self.slot];
         // Then it is the only thread of its process.
         slot.tid.store(self.tgid, SeqCst);
+        set_limit(self.limit() + ROOM);
         let ret = calls::exec(
             self.control.path(Place::Program.index()),
             &text.bytes[..=text.length],
         );
+        set_limit(self.limit());
         slot.tid.store(self.tid, SeqCst);
         ret
     }
