@@ -30,6 +30,9 @@ pub enum Command {
     DumpMap(DumpMapArgs),
     /// Read a file, from the cache where that is proven to be right.
     Read(ReadArgs),
+    /// Show what works on this host, and why not: kernel, rights, ways to
+    /// attach, mounts, caches. Exit 3 where `run` could not work.
+    Doctor(DoctorArgs),
     /// Show whether a file is bypassed, gate by gate, and why not.
     ///
     /// It opens the file through FUSE and, where something of it is cached,
@@ -151,6 +154,16 @@ pub enum VerifyMode {
     Off,
     Sample,
     Full,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Folders that must be on rclone mounts.
+    #[arg(long, value_delimiter = ',', value_name = "DIR")]
+    pub prefix: Vec<PathBuf>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod bench;
+pub mod doctor;
 pub mod dump_map;
 #[cfg(feature = "ebpf")]
 mod estimate;

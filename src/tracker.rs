@@ -8,6 +8,7 @@
 mod abi;
 mod attach;
 mod clock;
+mod doctor;
 mod host;
 mod pinned;
 mod reconcile;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use attach::AttachMode;
+pub use doctor::{Check, checks};
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
 pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};

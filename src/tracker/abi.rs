@@ -442,7 +442,7 @@ mod tests {
         let mut event = vb_event {
             kind: EVENT_DUP,
             pid: 7,
-            path_off: 91,
+            path_off: 99,
             path_len: 3,
             ..Default::default()
         };

@@ -20,6 +20,9 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// linux/magic.h: BPF_FS_MAGIC.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
+/// The oldest kernel: bpf_task_pt_regs() came with it.
+const FLOOR: (u32, u32) = (5, 15);
+
 /// linux/capability.h.
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_PERFMON: u32 = 38;
@@ -31,18 +34,39 @@ fn missing<T>(message: impl Into<String>) -> Result<T, TrackerError> {
 
 /// Checks rights and BTF.
 pub(super) fn check() -> Result<(), TrackerError> {
+    check_rights()?;
+    check_btf()
+}
+
+/// Whether this process may load BPF programs.
+pub(super) fn check_rights() -> Result<(), TrackerError> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if !may_trace(effective_capabilities(&status)) {
-        return missing(
-            "not permitted to load BPF programs: run as root, or with CAP_BPF and CAP_PERFMON",
-        );
+    if may_trace(effective_capabilities(&status)) {
+        return Ok(());
     }
-    if !Path::new(BTF).exists() {
-        return missing(format!(
-            "`{BTF}` is missing: the kernel needs CONFIG_DEBUG_INFO_BTF (linux 5.15 or newer)"
-        ));
+    missing("not permitted to load BPF programs: run as root, or with CAP_BPF and CAP_PERFMON")
+}
+
+/// Whether the kernel tells its types.
+pub(super) fn check_btf() -> Result<(), TrackerError> {
+    if Path::new(BTF).exists() {
+        return Ok(());
     }
-    Ok(())
+    missing(format!(
+        "`{BTF}` is missing: the kernel needs CONFIG_DEBUG_INFO_BTF (linux 5.15 or newer)"
+    ))
+}
+
+/// The kernel's release; an error before Linux 5.15.
+pub(super) fn kernel() -> Result<String, TrackerError> {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    if crate::sys::kernel_version() >= FLOOR {
+        return Ok(format!("linux {release}"));
+    }
+    missing(format!("linux {release}: 5.15 or newer is needed"))
 }
 
 fn effective_capabilities(status: &str) -> u64 {

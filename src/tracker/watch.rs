@@ -154,11 +154,11 @@ mod tests {
         let mut prefix = Prefix::new(&point.join("sub")).unwrap();
         let watch = [prefix.find(&table).unwrap()];
         let dev = Dev::new(0, 39);
-        let shown = show(&watch, dev, Path::new("bind/sub/a/b"));
+        let shown = show(&watch, dev, 1, Path::new("bind/sub/a/b"));
         assert_eq!(shown, Some(point.join("sub/a/b")));
-        assert_eq!(show(&watch, dev, Path::new("bind/other")), None);
-        assert_eq!(show(&watch, dev, Path::new("bind/subway")), None);
-        assert_eq!(show(&watch, Dev::new(0, 40), Path::new("bind/sub/a")), None);
+        assert_eq!(show(&watch, dev, 1, Path::new("bind/other")), None);
+        assert_eq!(show(&watch, dev, 1, Path::new("bind/subway")), None);
+        assert_eq!(show(&watch, Dev::new(0, 40), 1, Path::new("bind/sub/a")), None);
         // Dead: it does not resolve any more but is still known.
         fs::remove_dir_all(&point).unwrap();
         assert!(prefix.find(&table).is_ok());

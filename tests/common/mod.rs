@@ -257,7 +257,12 @@ impl Worker {
     /// Runs `script`; in it `step()` reports and waits for the next
     /// [`proceed`](Self::proceed).
     pub fn start(folder: &Path, script: &str, args: &[&str]) -> Self {
-        let mut worker = Self::spawn(folder, script, args);
+        Self::start_by(&["python3"], folder, script, args)
+    }
+
+    /// The same, by another command that runs Python: `unshare … python3`.
+    pub fn start_by(command: &[&str], folder: &Path, script: &str, args: &[&str]) -> Self {
+        let mut worker = Self::spawn(command, folder, script, args);
         worker.first = worker.read();
         if worker.first == "ready" {
             worker.first.clear();
@@ -270,10 +275,11 @@ impl Worker {
         &self.first
     }
 
-    fn spawn(folder: &Path, script: &str, args: &[&str]) -> Self {
+    fn spawn(command: &[&str], folder: &Path, script: &str, args: &[&str]) -> Self {
         let prelude = "import os,sys,threading,time\n\
                        def step():\n print('ready',flush=True); sys.stdin.readline()\n";
-        let mut child = Command::new("python3")
+        let mut child = Command::new(command[0])
+            .args(&command[1..])
             .arg("-c")
             .arg(format!("{prelude}{script}\nstep()\n"))
             .args(args)
