@@ -158,7 +158,10 @@ mod tests {
         assert_eq!(shown, Some(point.join("sub/a/b")));
         assert_eq!(show(&watch, dev, 1, Path::new("bind/other")), None);
         assert_eq!(show(&watch, dev, 1, Path::new("bind/subway")), None);
-        assert_eq!(show(&watch, Dev::new(0, 40), 1, Path::new("bind/sub/a")), None);
+        assert_eq!(
+            show(&watch, Dev::new(0, 40), 1, Path::new("bind/sub/a")),
+            None
+        );
         // Dead: it does not resolve any more but is still known.
         fs::remove_dir_all(&point).unwrap();
         assert!(prefix.find(&table).is_ok());

@@ -158,7 +158,7 @@ impl Family {
             if begin.elapsed() > pace(Duration::from_secs(60)) {
                 return Err(self.hang("nothing moves"));
             }
-            if begin.elapsed().as_millis() % 100 == 0 {
+            if begin.elapsed().as_millis().is_multiple_of(100) {
                 self.reap();
                 self.control.reclaim(|_| true);
             }

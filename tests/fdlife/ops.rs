@@ -78,10 +78,13 @@ impl Kind {
             || matches!(self, Self::CompatOpen | Self::CompatDup | Self::CompatClose)
     }
 
+    pub fn is_compat(self) -> bool {
+        matches!(self, Self::CompatOpen | Self::CompatDup | Self::CompatClose)
+    }
+
     /// Whether this kernel has it at all: 32-bit calls kill where it has not.
     pub fn is_there(self) -> bool {
-        let compat = matches!(self, Self::CompatOpen | Self::CompatDup | Self::CompatClose);
-        !compat || std::fs::exists("/proc/sys/abi/vsyscall32").unwrap_or(false)
+        !self.is_compat() || std::fs::exists("/proc/sys/abi/vsyscall32").unwrap_or(false)
     }
 
     /// By the weights of this run.
