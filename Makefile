@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-unit torture mutants lint doc bench fuzz deny install clean
+.PHONY: help setup build demo test test-unit torture mutants lint doc bench bench-tracker fuzz deny install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ doc: ## build the library's documentation, warnings denied
 
 bench: setup build ## measure on a generated clip
 	$(BIN) bench --generate 100MiB
+
+bench-tracker: setup ## measure what `run` costs: ARGS='--json FILE --rounds 31'
+	cargo bench --locked --bench tracker -- $(ARGS)
 
 fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
 	for target in metadata fingerprint mountinfo; do mkdir -p fuzz/corpus/$$target && \

@@ -470,16 +470,17 @@ impl Stopper {
     }
 }
 
-/// What a [`Tracker`] tells its subscribers.
+/// What a [`Tracker`] tells its subscribers. Small: a queue of 65,536 of them is
+/// allocated for each.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Update {
     /// Something happened to a descriptor.
     Fd(Event),
     /// A prefix came on an rclone mount.
-    Mounted(Watch),
+    Mounted(Box<Watch>),
     /// A prefix's mount went away.
-    Unmounted(Watch),
+    Unmounted(Box<Watch>),
 }
 
 /// The updates of a [`Tracker`] from the subscription on.

@@ -37,6 +37,29 @@ fn more_descriptors_than_one_batch_are_all_dumped() {
 }
 
 #[test]
+fn long_paths_that_no_batch_has_room_for_are_dumped() {
+    // Each path takes eleven elements of the map, where a dump reckons with two.
+    let folder = ["x".repeat(200).as_str(); 12].join("/");
+    let clip = format!("{folder}/clip");
+    let rig = rig(|source| {
+        put(source, &clip, &content(1, 100));
+        put(source, "short", &content(2, 100));
+    });
+    let tracking = Tracking::start(&rig.mountpoint(), &[]);
+    let worker = Worker::start(
+        &rig.mountpoint(),
+        "long=os.open(sys.argv[1],os.O_RDONLY); short=os.open('short',os.O_RDONLY)\n\
+         for number in range(100,600): os.dup2(long if number%2 else short,number)",
+        &[&clip],
+    );
+    let dump = tracking.dump();
+    let open = truth(worker.pid(), &rig.mountpoint());
+    assert_eq!(open.len(), 502);
+    assert_eq!(dumped(&dump, worker.pid()), open);
+    assert_eq!(dump["complete"], true, "{:?}", lost(&dump));
+}
+
+#[test]
 fn threads_that_dup_and_close_one_file_leave_nothing_behind() {
     let rig = rig(|source| put(source, "clip", &content(1, 100)));
     let tracking = Tracking::start(&rig.mountpoint(), &["--ring-size=64MiB"]);

@@ -27,10 +27,13 @@ mod dumping {
 
 #[cfg(feature = "ebpf")]
 mod dumping {
+    use std::collections::HashMap;
     use std::io::{self, BufWriter, Write};
+    use std::path::Path;
 
     use anyhow::Context;
     use serde::Serialize;
+    use vmafx_bypass::mounts::Dev;
     use vmafx_bypass::tracker::{Dump, DumpEntry, dump};
 
     use super::{Coded, DumpMapArgs, Exit, Notes, Result};
@@ -63,9 +66,32 @@ mod dumping {
         Ok(Exit::Done)
     }
 
-    fn row(entry: &DumpEntry, estimator: &mut Estimator) -> Row {
+    /// Superblock, path and size.
+    type File<'a> = (Dev, Option<&'a Path>, u64);
+    /// The cached bytes and the state.
+    type Estimated = (Option<u64>, &'static str);
+
+    /// Each file's estimate, made once: many descriptors may be of one file,
+    /// and a dump is of one moment.
+    #[derive(Default)]
+    struct Estimates<'a> {
+        estimator: Estimator,
+        made: HashMap<File<'a>, Estimated>,
+    }
+
+    impl<'a> Estimates<'a> {
+        fn of(&mut self, entry: &'a DumpEntry) -> Estimated {
+            let (dev, path, size) = (entry.dev, entry.path.as_deref(), entry.size);
+            *self.made.entry((dev, path, size)).or_insert_with(|| {
+                let estimate = self.estimator.estimate(dev, path, size);
+                (estimate.cached_bytes, estimate::state(&estimate))
+            })
+        }
+    }
+
+    fn row<'a>(entry: &'a DumpEntry, estimates: &mut Estimates<'a>) -> Row {
         let path = entry.path.as_deref();
-        let estimate = estimator.estimate(entry.dev, path, entry.size);
+        let (cached_bytes, state) = estimates.of(entry);
         Row {
             pid: entry.pid,
             own_pid: entry.own_pid,
@@ -76,8 +102,8 @@ mod dumping {
             ino: entry.ino,
             flags: entry.flags,
             size: entry.size,
-            cached_bytes: estimate.cached_bytes,
-            state: estimate::state(&estimate),
+            cached_bytes,
+            state,
         }
     }
 
@@ -105,7 +131,7 @@ mod dumping {
     }
 
     fn print_json(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
-        let mut estimator = Estimator::default();
+        let mut estimates = Estimates::default();
         let document = JsonDump {
             schema: SCHEMA,
             owner: JsonOwner {
@@ -119,7 +145,7 @@ mod dumping {
                 .entries
                 .iter()
                 .map(|entry| JsonEntry {
-                    row: row(entry, &mut estimator),
+                    row: row(entry, &mut estimates),
                     opened_at: output::time(entry.opened_at),
                 })
                 .collect(),
@@ -128,14 +154,14 @@ mod dumping {
     }
 
     fn print_table(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
-        let mut estimator = Estimator::default();
+        let mut estimates = Estimates::default();
         writeln!(
             out,
             "{:>7} {:>4} {:<15} {:<24} {:>10} {:>6} {:<14} PATH",
             "PID", "FD", "COMM", "OPENED", "SIZE", "CACHED", "STATE"
         )?;
         for entry in &dump.entries {
-            let row = row(entry, &mut estimator);
+            let row = row(entry, &mut estimates);
             let opened = humantime::format_rfc3339_millis(entry.opened_at);
             writeln!(
                 out,

@@ -103,6 +103,9 @@ mod tracking {
         for (mode, error) in tracker.refused_modes() {
             notes.detail(format_args!("not attached by {}: {error}", mode.name()));
         }
+        if tracker.attach_mode() == Some(AttachMode::Tracepoint) {
+            notes.note("note: 32-bit programs are not seen by --attach tracepoint");
+        }
         if tracker.in_pid_namespace() {
             notes.note(
                 "warning: in a pid namespace of its own: processes outside of it are not shown",

@@ -339,15 +339,16 @@ pub(super) fn delete_path(map: &impl MapCore, (pid, fd, opened_at): (u32, u32, u
     }
 }
 
-/// Reads a stored path; `None` where there is none, or not all of it.
-pub(super) fn load_path(
-    map: &impl MapCore,
+/// Reads a stored path by `lookup`, which has the map's value of a key; `None`
+/// where there is none, or not all of it.
+pub(super) fn load_path<V: AsRef<[u8]>>(
+    lookup: impl Fn(&[u8]) -> Option<V>,
     (pid, fd, opened_at): (u32, u32, u64),
 ) -> Option<StoredPath> {
     let mut text = Vec::new();
     for chunk in 0.. {
         let key = path_key(pid, fd, opened_at, chunk);
-        let element: vb_path = value(&map.lookup(bytes(&key), MapFlags::ANY).ok()??)?;
+        let element: vb_path = value(lookup(bytes(&key))?.as_ref())?;
         if element.outside != 0 {
             return Some(StoredPath::Outside);
         }

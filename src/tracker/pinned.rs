@@ -1,5 +1,6 @@
 //! The pinned maps: written by the one that tracks, read by `dump-map`.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -24,8 +25,9 @@ const MARKS: &str = "marks";
 const NAMES: [&str; 5] = [META, STATS, FDS, PATHS, MARKS];
 
 /// A path reaches the map shortly after its descriptor: how long a dump waits
-/// for all that are missing, and how often it looks.
+/// for the next of those that are missing, for all, and how often it looks.
 const PATH_PATIENCE: Duration = Duration::from_millis(200);
+const PATHS_PATIENCE: Duration = Duration::from_secs(5);
 const PATH_INTERVAL: Duration = Duration::from_millis(10);
 
 fn failed(dir: &Path, error: impl std::fmt::Display) -> TrackerError {
@@ -308,13 +310,23 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     let fds = open_map(pin_dir, FDS)?;
     let settled = !owner.alive || wait_until_settled(pin_dir, deadline)?;
     let paths = open_map(pin_dir, PATHS)?;
-    let mut entries = Vec::new();
-    for (key, value) in read_fds(&fds).map_err(|error| DumpError::Unreadable {
+    let open = read_fds(&fds).map_err(|error| DumpError::Unreadable {
         path: pin_dir.join(FDS),
         error,
-    })? {
-        let path = match wait_for_path(&fds, &paths, key, &value, owner.alive.then_some(deadline)) {
-            Found::Path(path) => Some(path),
+    })?;
+    // After the descriptors, so that it has what had arrived with them.
+    let known = read_paths(&paths, open.len());
+    let last = Instant::now() + PATHS_PATIENCE;
+    let mut deadline = Instant::now() + PATH_PATIENCE;
+    let mut entries = Vec::new();
+    for (key, value) in open {
+        let maps = (&fds, &paths, &known);
+        let path = match wait_for_path(maps, key, &value, owner.alive.then_some(deadline)) {
+            Found::Path(path) => {
+                // Where one has come, the next is on its way.
+                deadline = last.min(Instant::now() + PATH_PATIENCE);
+                Some(path)
+            }
             Found::Lost => None,
             Found::Outside | Found::Closed => continue,
         };
@@ -377,6 +389,19 @@ fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {
         .collect())
 }
 
+/// What `paths` holds of so many descriptors, in few calls. Nothing rests on
+/// all of it being here: a batch may end early, see [`read_fds`], and what is
+/// missing is looked up.
+fn read_paths(map: &MapHandle, descriptors: usize) -> HashMap<Vec<u8>, Vec<u8>> {
+    // Few paths need more than one element; no more memory than that takes.
+    let room = (2 * descriptors as u64).min(u64::from(map.max_entries())) as u32;
+    if room == 0 {
+        return HashMap::new();
+    }
+    let elements = map.lookup_batch(room, MapFlags::ANY, MapFlags::ANY);
+    elements.map(Iterator::collect).unwrap_or_default()
+}
+
 enum Found {
     Path(PathBuf),
     Outside,
@@ -385,15 +410,18 @@ enum Found {
 }
 
 fn wait_for_path(
-    fds: &MapHandle,
-    paths: &MapHandle,
+    (fds, paths, known): (&MapHandle, &MapHandle, &HashMap<Vec<u8>, Vec<u8>>),
     key: vb_fd_key,
     value: &vb_fd,
     deadline: Option<Instant>,
 ) -> Found {
     let id = (key.pid, key.fd, value.opened_at);
+    let mut stored = abi::load_path(|key| known.get(key), id);
     loop {
-        match abi::load_path(paths, id) {
+        if stored.is_none() {
+            stored = abi::load_path(|key| paths.lookup(key, MapFlags::ANY).ok()?, id);
+        }
+        match stored.take() {
             Some(StoredPath::Known(path)) if !path.is_empty() => return Found::Path(path.into()),
             // Its path got lost on the way, which the losses tell.
             Some(StoredPath::Known(_)) => return Found::Lost,

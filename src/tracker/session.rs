@@ -43,7 +43,6 @@ struct Setup<'a> {
     prefixes: Vec<Prefix>,
     watches: Vec<Watch>,
     pins: Option<Pins>,
-    kernel: Kernel,
 }
 
 /// Why a mode was left: another may do.
@@ -85,7 +84,6 @@ pub(super) fn run(
         prefixes,
         watches,
         pins,
-        kernel: Kernel::read()?,
     };
     let modes: &[AttachMode] = match &options.attach {
         Some(mode) => std::slice::from_ref(mode),
@@ -108,9 +106,8 @@ pub(super) fn run(
 /// Whether the programs of a mode load and attach here; detaches them again.
 pub(super) fn probe(mode: AttachMode) -> Result<(), TrackerError> {
     libbpf_rs::set_print(None);
-    let kernel = Kernel::read()?;
     let mut storage = MaybeUninit::uninit();
-    let open = open(&mut storage, &TrackerOptions::default(), mode, &kernel)?;
+    let open = open(&mut storage, &TrackerOptions::default(), mode)?;
     let mut skeleton = open.load().map_err(|e| load_error(mode, &e))?;
     skeleton.attach().map_err(|e| attach_error(mode, &e))
 }
@@ -119,7 +116,6 @@ fn open<'obj>(
     storage: &'obj mut MaybeUninit<libbpf_rs::OpenObject>,
     options: &TrackerOptions,
     mode: AttachMode,
-    kernel: &Kernel,
 ) -> Result<OpenRcloneBypassSkel<'obj>, TrackerError> {
     if mode == AttachMode::Tracepoint {
         host::need_tracefs()?;
@@ -128,7 +124,8 @@ fn open<'obj>(
         .open(storage)
         .map_err(|e| failed("opening the BPF object", e))?;
     configure(&mut open, options).map_err(|e| failed("configuring the BPF maps", e))?;
-    attach::select(&mut open, mode, kernel);
+    // Read again for each mode: some megabytes that are let go at once.
+    attach::select(&mut open, mode, &Kernel::read()?);
     Ok(open)
 }
 
@@ -136,7 +133,7 @@ fn open<'obj>(
 fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
     let (options, shared) = (setup.options, setup.shared);
     let mut storage = MaybeUninit::uninit();
-    let open = open(&mut storage, options, mode, &setup.kernel).map_err(Ended::NotHere)?;
+    let open = open(&mut storage, options, mode).map_err(Ended::NotHere)?;
     let mut skeleton = open
         .load()
         .map_err(|e| Ended::NotHere(load_error(mode, &e)))?;

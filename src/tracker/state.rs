@@ -64,10 +64,11 @@ impl State<'_> {
             return Ok(before != watches);
         }
         for gone in before.iter().filter(|w| !watches.contains(w)) {
-            self.shared.publish(&Update::Unmounted(gone.clone()));
+            self.shared
+                .publish(&Update::Unmounted(Box::new(gone.clone())));
         }
         for new in watches.iter().filter(|w| !before.contains(w)) {
-            self.shared.publish(&Update::Mounted(new.clone()));
+            self.shared.publish(&Update::Mounted(Box::new(new.clone())));
         }
         Ok(before != watches)
     }

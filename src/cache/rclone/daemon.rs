@@ -94,7 +94,15 @@ impl Daemon {
         let pids = pids().map_err(|e| Refusal::from_io("`/proc`", &e, Reason::IoError))?;
         let mut found = Vec::new();
         let mut hidden = 0;
-        for &pid in &pids {
+        // First those that are, or may be, named like it: to list the descriptors
+        // of all takes long where they have many. What else holds the connection
+        // of one that is found would be left out below.
+        let named = |pid: &&u32| program_of(**pid).map_or(true, |name| named_like_rclone(&name));
+        let (likely, others): (Vec<u32>, Vec<u32>) = pids.iter().partition(named);
+        for (index, pid) in likely.iter().chain(&others).copied().enumerate() {
+            if index >= likely.len() && !found.is_empty() {
+                break;
+            }
             match fuse_connections(pid) {
                 Ok(connections) if connections.contains(&Some(mount.dev.minor())) => {
                     found.push(pid);
