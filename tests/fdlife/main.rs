@@ -75,7 +75,7 @@ fn weights() -> Vec<u32> {
             all().collect::<Vec<_>>()
         );
     }
-    // That mode does not see 32-bit programs, as docs/REFERENCE.md says.
+    // That mode does not see 32-bit programs, and says so: src/tracker/attach.rs.
     let blind = std::env::var_os("TEST_ATTACH").is_some_and(|mode| mode == "tracepoint");
     let weight = |(kind, name, weight): &(ops::Kind, &str, u32)| {
         let usual = only.is_empty() && !(blind && kind.is_compat());

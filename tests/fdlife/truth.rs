@@ -227,29 +227,36 @@ impl Truth {
     }
 }
 
+/// Whose number it is, now.
+fn whose(pid: u32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    match status.lines().find_map(|line| line.strip_prefix("Tgid:\t")) {
+        Some(tgid) if tgid == pid.to_string() => String::new(),
+        Some(tgid) => format!(", a thread of {tgid}"),
+        None => ", which is gone".into(),
+    }
+}
+
+/// How many differ of each, and the first of all.
 pub fn describe(differences: &[Difference], most: usize) -> String {
     let mut text = String::new();
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for ((pid, _), ..) in differences {
+        *counts.entry(*pid).or_default() += 1;
+    }
+    for (pid, count) in counts {
+        let _ = writeln!(text, "  pid {pid}{}: {count}", whose(pid));
+    }
     let shown = |file: &Option<File>| match file {
         Some((path, ino, access)) => format!("{} inode {ino} access {access}", path.display()),
         None => "nothing".into(),
     };
     for ((pid, fd), truth, dump) in differences.iter().take(most) {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:\t"));
-        let whose = match tgid {
-            Some(tgid) if tgid == pid.to_string() => String::new(),
-            Some(tgid) => format!(" (a thread of {tgid})"),
-            None => " (gone)".into(),
-        };
+        let (truth, dump) = (shown(truth), shown(dump));
         let _ = writeln!(
             text,
-            "  pid {pid}{whose} fd {fd}: /proc has {}, dump-map {}",
-            shown(truth),
-            shown(dump),
+            "  pid {pid} fd {fd}: /proc has {truth}, dump-map {dump}"
         );
-    }
-    if differences.len() > most {
-        let _ = writeln!(text, "  and {} more", differences.len() - most);
     }
     text
 }
