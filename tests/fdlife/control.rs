@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
 
 use crate::calls;
-use crate::ops::KINDS;
+use crate::kinds::KINDS;
 
 pub const SLOTS: usize = 512;
 pub const WORKERS: usize = 16;

@@ -10,6 +10,7 @@ mod random;
 mod calls;
 mod control;
 mod family;
+mod kinds;
 mod ops;
 mod passing;
 mod supervised;
@@ -29,7 +30,8 @@ use serde_json::Value;
 
 use common::{Tracking, content, need_root, put, rig};
 use family::{Family, pace};
-use ops::{ALL, CLIPS};
+use kinds::{ALL, Kind};
+use ops::CLIPS;
 use truth::{Difference, Reader};
 
 /// Clips, in folders; by names of any kind.
@@ -77,7 +79,7 @@ fn weights() -> Vec<u32> {
     }
     // That mode does not see 32-bit programs, and says so: src/tracker/attach.rs.
     let blind = std::env::var_os("TEST_ATTACH").is_some_and(|mode| mode == "tracepoint");
-    let weight = |(kind, name, weight): &(ops::Kind, &str, u32)| {
+    let weight = |(kind, name, weight): &(Kind, &str, u32)| {
         let usual = only.is_empty() && !(blind && kind.is_compat());
         let made = (usual || lists(&only, name)) && !lists(&except, name);
         if made { *weight } else { 0 }
@@ -200,7 +202,7 @@ fn run(
 fn missing(family: &Family, complete: bool) -> Result<(), String> {
     const LONG: u64 = 30_000;
     let long = complete && family.control.calls.load(SeqCst) >= LONG;
-    let never = |(kind, name, _): &(ops::Kind, &'static str, u32)| {
+    let never = |(kind, name, _): &(Kind, &'static str, u32)| {
         let done = family.control.counts[*kind as usize][0].load(SeqCst);
         let wanted = family.control.weights[*kind as usize].load(SeqCst) > 0;
         (long && wanted && !kind.is_optional() && done == 0).then_some(*name)

@@ -10,7 +10,8 @@ use nix::libc;
 
 use crate::calls::{self, Fork};
 use crate::control::{Control, FREE, RESERVED};
-use crate::ops::{self, Kind, Place};
+use crate::kinds::Kind;
+use crate::ops::{self, Place};
 use crate::random::Random;
 
 /// The variable by which a process knows that it is a worker's.
