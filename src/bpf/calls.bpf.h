@@ -342,9 +342,13 @@ static __always_inline void handle_addfd(const struct called *call)
 		if (BPF_CORE_READ(notif, id) == addfd.id) {
 			task = BPF_CORE_READ(notif, task);
 			tgid = tgid_of(task);
-			if (tgid)
-				sync_fd((__u64)task, table_id((__u64)task, tgid),
-					call->ret, VB_EVENT_RECEIVE, 0);
+			if (!tgid)
+				return;
+			sync_fd((__u64)task, table_id((__u64)task, tgid), call->ret,
+				VB_EVENT_RECEIVE, 0);
+			/* It may have been killed, and be gone already. */
+			if (BPF_CORE_READ(task, flags) & PF_EXITING)
+				mark(tgid, VB_MARK_FOUND);
 			return;
 		}
 		at = BPF_CORE_READ(at, next);

@@ -10,6 +10,7 @@
 /* linux/pid_types.h */
 #define PIDTYPE_TGID_INDEX 1
 /* linux/sched.h */
+#define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
 /* lib/xarray.c: at least 4 bits a level */
 #define XA_HEIGHT_MAX 16

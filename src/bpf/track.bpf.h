@@ -290,7 +290,7 @@ static __always_inline __u32 tracked_table(void)
 	return table_id(bpf_get_current_task(), tgid);
 }
 
-/* After an entry came or went. */
+/* After an entry came or went, or was replaced. */
 static __always_inline void count_entry(const struct vb_fd_key *key, __s64 change)
 {
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &key->pid);
@@ -343,6 +343,12 @@ static __always_inline void track(struct task_struct *task, const struct vb_fd_k
 	struct inode *inode;
 	long err;
 
+	/*
+	 * First the process: from then on its closes are looked at. Of what is
+	 * known, too: a pid that was given away again may have lost its mark.
+	 */
+	if (!note_proc(key->pid, 0))
+		return;
 	inode = BPF_CORE_READ(file, f_inode);
 	old = bpf_map_lookup_elem(&fds, key);
 	if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev)) {
@@ -364,9 +370,6 @@ static __always_inline void track(struct task_struct *task, const struct vb_fd_k
 	if (kind & VB_SYNC_RESEND)
 		goto tell;
 
-	/* First the process: from then on its closes are looked at. */
-	if (!note_proc(key->pid, 0))
-		return;
 	entry.opened_at = e.opened_at;
 	entry.file = (__u64)file;
 	entry.ino = e.ino;
@@ -390,6 +393,7 @@ static __always_inline void track(struct task_struct *task, const struct vb_fd_k
 		/* Gone meanwhile: who looks at it next puts it right. */
 		if (err == -ENOENT)
 			return;
+		count_entry(key, 0);
 	} else if (!err) {
 		count_entry(key, 1);
 	}
