@@ -95,7 +95,7 @@ impl<'a> Reconciler<'a> {
         }
         if self.due.is_some_and(|due| due <= now) {
             self.due = None;
-            self.busy(state, Self::settle_marks)?;
+            self.busy(state, |this, state| this.settle_marks(state, false))?;
         }
         if self.heal_due.is_some_and(|due| due <= now) {
             self.heal_due = None;
@@ -110,7 +110,7 @@ impl<'a> Reconciler<'a> {
             if !this.sweep(state, false)? {
                 state.shared.note_reconcile_failed(&mut state.published);
             }
-            this.settle_marks(state)
+            this.settle_marks(state, false)
         })
     }
 
@@ -128,8 +128,9 @@ impl<'a> Reconciler<'a> {
         result
     }
 
-    /// Reconciles the marked processes, and those that are marked by that.
-    fn settle_marks(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+    /// Reconciles the marked processes, and those that are marked by that; with
+    /// `resend` the kernel tells of every descriptor again.
+    fn settle_marks(&mut self, state: &mut State<'_>, resend: bool) -> Result<(), TrackerError> {
         for _ in 0..ROUNDS_MAX {
             self.source.drain(state);
             state.marked = false;
@@ -154,7 +155,7 @@ impl<'a> Reconciler<'a> {
                         .get_or_insert(Instant::now() + self.heal_delay);
                     continue;
                 }
-                self.one(state, pid, mark, false, None)?;
+                self.one(state, pid, mark, resend, None)?;
                 if mark == Mark::Shared {
                     self.sharers(state, pid)?;
                 }
@@ -175,7 +176,8 @@ impl<'a> Reconciler<'a> {
     fn heal(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
         let before = state.shared.losses().breaking();
         let mut exact = self.sweep(state, true)?;
-        self.settle_marks(state)?;
+        // Threads with tables of their own are marked by that.
+        self.settle_marks(state, true)?;
         let now = SystemTime::now();
         let keys = state.write_table().keys(0..=u32::MAX);
         for key in keys {
