@@ -30,7 +30,7 @@ static long drop_entry(void *map, const struct vb_fd_key *key, struct vb_fd *ent
 		return 0;
 	err = bpf_map_delete_elem(map, &own);
 	if (!err)
-		count_entry(&own, -1);
+		count_entry(own.pid, -1);
 	else if (err != -ENOENT)
 		drop->failed = 1;
 	return 0;
@@ -53,7 +53,7 @@ static long drop_slot(void *map, const __u32 *index, __u64 *unused, struct walk 
 	if (walk->next++ > walk->last)
 		return 1;
 	if (!bpf_map_delete_elem(&fds, &key))
-		count_entry(&key, -1);
+		count_entry(key.pid, -1);
 	return 0;
 }
 
@@ -67,7 +67,7 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
 	struct walk walk = { .pid = pid };
 	struct files_struct *files;
-	struct vb_event e;
+	struct vb_event *e;
 
 	if (!proc)
 		return 0;
@@ -80,12 +80,11 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 		drop_from(pid, 0);
 	if (ended)
 		bpf_map_delete_elem(&procs, &pid);
-	__builtin_memset(&e, 0, sizeof(e));
-	e.kind = VB_EVENT_EXIT;
-	e.ts = bpf_ktime_get_boot_ns();
-	e.pid = pid;
-	e.tid = task ? tid_of(task) : pid;
-	send(&e, sizeof(e));
+	e = reserve();
+	if (e) {
+		fill_event(e, VB_EVENT_EXIT, task ? tid_of(task) : pid, pid, 0);
+		submit(e);
+	}
 	return 0;
 }
 
@@ -269,7 +268,7 @@ static __always_inline bool is_ending(struct task_struct *task, bool process)
 
 static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, __u32 other)
 {
-	struct task_struct *task = (struct task_struct *)find_task(pid), *others;
+	struct task_struct *named = (struct task_struct *)find_task(pid), *task = named, *others;
 	struct walk walk = { .pid = pid, .next = from, .kind = kind & ~VB_SYNC_SHARED };
 	struct threads threads = {};
 	struct files_struct *files;
@@ -330,6 +329,12 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 	/* Entries beyond the end of a table that has replaced a larger one. */
 	if (proc && (from || proc->entries != walk.found))
 		drop_from(pid, walk.last + 1);
+	/*
+	 * An exec gives a process's number to another of its threads, and a thread's
+	 * away; an unshare changes the table: what was added is of the old one.
+	 */
+	if (find_task(pid) != (__u64)named || BPF_CORE_READ(task, files) != files)
+		return 0;
 	if (!is_ending(task, process))
 		return VB_RECONCILE_DONE;
 gone:
