@@ -83,6 +83,8 @@ def steps_of(kernel, matrix, built):
         return step(name, command, {"exit": 0})
 
     steps = []
+    if script := kernel.get("prepare"):
+        steps.append(step("prepare", ["sh", "-ec", script], {"exit": 0}))
     for case in matrix["case"]:
         if kernel["name"] in case["kernels"]:
             for mode, expect in case["expect"].items():
