@@ -108,6 +108,9 @@ def boot(kernel, found, matrix, steps, root, folder):
     initramfs, console, port = (f"{folder}/{n}" for n in ["initramfs", "console", "results"])
     shutil.copy(root, initramfs)
     image.pack_folder(f"{folder}/own", initramfs)
+    for name in [console, port]:
+        # Where QEMU does not start, there is nothing in them.
+        open(name, "w").close()
     guest = matrix["guest"]
     command = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", guest["cpu"],
