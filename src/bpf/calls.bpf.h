@@ -163,6 +163,20 @@ static __always_inline __u32 current_table(void)
 	return pid;
 }
 
+/*
+ * sync_fd() of the current task. Whoever shares its table is looked at, too: not
+ * only when an entry changes, for what one has closed another may have opened.
+ */
+static __always_inline void follow_fd(__u64 task, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
+{
+	struct vb_proc *proc;
+
+	sync_fd(task, pid, fd, kind, open_ns);
+	proc = bpf_map_lookup_elem(&procs, &pid);
+	if (proc && (proc->flags & VB_PROC_SHARED))
+		mark(pid, VB_MARK_SHARED);
+}
+
 /* After a call that returned a new descriptor. */
 static __always_inline void handle_new_fd(__u32 fd, __u32 kind)
 {
@@ -173,14 +187,14 @@ static __always_inline void handle_new_fd(__u32 fd, __u32 kind)
 		pid = current_table();
 		if (!pid)
 			return;
-		sync_fd(task, pid, fd, kind,
-			(kind & VB_SYNC_KIND) == VB_EVENT_OPEN ? open_duration() : 0);
+		follow_fd(task, pid, fd, kind,
+			  (kind & VB_SYNC_KIND) == VB_EVENT_OPEN ? open_duration() : 0);
 		return;
 	}
 	pid = tracked_table();
 	/* It may stand where a close was not seen, or a dup2() replaced. */
 	if (pid)
-		sync_fd(task, pid, fd, VB_EVENT_ADOPT, 0);
+		follow_fd(task, pid, fd, VB_EVENT_ADOPT, 0);
 }
 
 static __always_inline void handle_close(__u32 fd)
@@ -189,7 +203,7 @@ static __always_inline void handle_close(__u32 fd)
 
 	/* close() frees the descriptor even where it returns an error. */
 	if (pid)
-		sync_fd(bpf_get_current_task(), pid, fd, VB_EVENT_ADOPT, 0);
+		follow_fd(bpf_get_current_task(), pid, fd, VB_EVENT_ADOPT, 0);
 }
 
 /* After unshare(2) or the like: threads may have tables of their own now. */
@@ -207,6 +221,7 @@ static __always_inline void handle_close_range(const struct called *call)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	__u32 flags = argument(call, 2), first = argument(call, 0), last = argument(call, 1);
 	struct walk walk = { .task = (__u64)task, .kind = VB_EVENT_ADOPT };
+	struct vb_proc *proc;
 	__u32 size;
 
 	if (call->ret)
@@ -218,9 +233,15 @@ static __always_inline void handle_close_range(const struct called *call)
 	walk.pid = tracked_table();
 	if (!walk.pid)
 		return;
+	/* The copy may end before the last of its entries. */
+	if (flags & CLOSE_RANGE_UNSHARE)
+		mark(walk.pid, VB_MARK_FOUND);
 	size = table_size(BPF_CORE_READ(task, files));
 	walk.next = first;
 	walk.last = last < size ? last : size - 1;
+	proc = bpf_map_lookup_elem(&procs, &walk.pid);
+	if (proc && (proc->flags & VB_PROC_SHARED))
+		mark(walk.pid, VB_MARK_SHARED);
 	if (!walk_table(&walk))
 		mark(walk.pid, VB_MARK_FOUND);
 }
@@ -242,7 +263,7 @@ static long take_passed(void *map, const __u32 *index, __u64 *unused, struct pas
 	if (bpf_probe_read_user(&fd, sizeof(fd), (void *)passed->from))
 		return 1;
 	passed->from += sizeof(fd);
-	sync_fd(passed->task, passed->pid, fd, VB_EVENT_RECEIVE, 0);
+	follow_fd(passed->task, passed->pid, fd, VB_EVENT_RECEIVE, 0);
 	return 0;
 }
 
@@ -280,9 +301,10 @@ static __always_inline void handle_recvmsg(const struct called *call)
 {
 	struct passed passed = {};
 
-	if (call->ret < 0)
+	/* Descriptors may have come before a write to the header failed. */
+	if (call->ret < 0 && call->ret != -EFAULT)
 		return;
-	if (call->compat) {
+	if (call->compat || call->ret < 0) {
 		mark(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
@@ -320,9 +342,9 @@ static __always_inline void handle_recvmmsg(const struct called *call)
 {
 	struct messages messages = { .left = call->ret };
 
-	if (call->ret <= 0)
+	if (call->ret <= 0 && call->ret != -EFAULT)
 		return;
-	if (call->compat) {
+	if (call->compat || call->ret < 0) {
 		mark(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
@@ -332,16 +354,21 @@ static __always_inline void handle_recvmmsg(const struct called *call)
 
 /*
  * After a seccomp(2) supervisor put a descriptor into another process. With
- * SECCOMP_ADDFD_FLAG_SEND that process's own call returns it.
+ * SECCOMP_ADDFD_FLAG_SEND that process's own call returns it, which may be any
+ * call, and it may have left the list.
  */
 static __always_inline void handle_addfd(const struct called *call)
 {
 	struct seccomp_notif_addfd addfd;
 	struct seccomp_filter *filter;
 	struct list_head *head, *at;
+	__u32 dev = 0;
+	bool sent;
 
-	if (bpf_probe_read_user(&addfd, sizeof(addfd), (void *)argument(call, 2)) ||
-	    (addfd.flags & SECCOMP_ADDFD_FLAG_SEND))
+	if (bpf_probe_read_user(&addfd, sizeof(addfd), (void *)argument(call, 2)))
+		goto unknown;
+	sent = addfd.flags & SECCOMP_ADDFD_FLAG_SEND;
+	if (sent && !tracked_sb(own_file(addfd.srcfd), &dev))
 		return;
 	if (!bpf_core_type_exists(struct seccomp_knotif))
 		goto unknown;
@@ -353,18 +380,19 @@ static __always_inline void handle_addfd(const struct called *call)
 		struct seccomp_knotif *notif =
 			(void *)at - bpf_core_field_offset(struct seccomp_knotif, list);
 		struct task_struct *task;
-		__u32 tgid;
+		__u32 tgid, pid;
 
 		if (BPF_CORE_READ(notif, id) == addfd.id) {
 			task = BPF_CORE_READ(notif, task);
 			tgid = tgid_of(task);
 			if (!tgid)
 				return;
-			sync_fd((__u64)task, table_id((__u64)task, tgid), call->ret,
-				VB_EVENT_RECEIVE, 0);
+			pid = table_id((__u64)task, tgid);
+			if (!sent)
+				sync_fd((__u64)task, pid, call->ret, VB_EVENT_RECEIVE, 0);
 			/* It may have been killed, and be gone already. */
-			if (BPF_CORE_READ(task, flags) & PF_EXITING)
-				mark(tgid, VB_MARK_FOUND);
+			if (sent || !table_of(task))
+				mark(pid, VB_MARK_FOUND);
 			return;
 		}
 		at = BPF_CORE_READ(at, next);

@@ -242,7 +242,7 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 	if (!threads->node || threads->node == threads->head)
 		return 1;
 	threads->node = (__u64)BPF_CORE_READ(task, thread_node.next);
-	files = (__u64)BPF_CORE_READ(task, files);
+	files = (__u64)table_of(task);
 	if (!files || files == threads->leaders)
 		return 0;
 	tid = tid_of(task);
@@ -254,16 +254,6 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 		threads->other = (__u64)task;
 	}
 	return 0;
-}
-
-/*
- * Whether a task's table is about to go: then handle_thread_exit() may have been
- * here already, and what was added after it would stay.
- */
-static __always_inline bool is_ending(struct task_struct *task, bool process)
-{
-	return process ? BPF_CORE_READ(task, signal, live.counter) <= 0 :
-			 (BPF_CORE_READ(task, flags) & PF_EXITING);
 }
 
 static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, __u32 other)
@@ -283,7 +273,7 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 	}
 	tgid = tgid_of(task);
 	process = tgid == pid;
-	files = BPF_CORE_READ(task, files);
+	files = table_of(task);
 	threads.users = process ? threads_of(task) : 1;
 	if (process && (!files || (!from && threads.users > 1))) {
 		struct signal_struct *signal = BPF_CORE_READ(task, signal);
@@ -296,7 +286,7 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 			note_proc(pid, VB_PROC_THREADS);
 		if (!files && threads.other) {
 			task = (struct task_struct *)threads.other;
-			files = BPF_CORE_READ(task, files);
+			files = table_of(task);
 		}
 	} else if (!process && files == BPF_CORE_READ(task, group_leader, files)) {
 		/* No table of its own any more. */
@@ -331,14 +321,14 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		drop_from(pid, walk.last + 1);
 	/*
 	 * An exec gives a process's number to another of its threads, and a thread's
-	 * away; an unshare changes the table: what was added is of the old one.
+	 * away, an unshare changes the table, an exit has forgotten all before what
+	 * was added here: once more, by what it is now.
 	 */
-	if (find_task(pid) != (__u64)named || BPF_CORE_READ(task, files) != files)
+	if (find_task(pid) != (__u64)named || table_of(task) != files)
 		return 0;
-	if (!is_ending(task, process))
-		return VB_RECONCILE_DONE;
+	return VB_RECONCILE_DONE;
 gone:
-	drop_table(0, pid, is_ending(task, process));
+	drop_table(0, pid, !process || BPF_CORE_READ(task, signal, live.counter) <= 0);
 	return VB_RECONCILE_GONE;
 }
 

@@ -50,7 +50,7 @@ struct {
 } procs SEC(".maps");
 
 /*
- * Processes to reconcile, and why (enum vb_mark). Kernel and user space write;
+ * Processes to reconcile, and why (VB_MARK_). Kernel and user space write;
  * user space is told by an event of the first mark alone.
  */
 struct {

@@ -34,7 +34,8 @@ static __always_inline struct pt_regs *own_regs(void)
 static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 {
 #if defined(__TARGET_ARCH_x86)
-	return regs->orig_ax;
+	/* As the kernel does: of the register, it takes the lower half alone. */
+	return (__u32)regs->orig_ax;
 #elif defined(__TARGET_ARCH_arm64)
 	return (__u32)regs->syscallno;
 #endif
@@ -224,6 +225,19 @@ int uring_submit_req(struct bpf_raw_tracepoint_args *ctx)
 
 SEC("?raw_tp/io_uring_complete")
 int uring_complete(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_complete();
+}
+
+/* An operation that posts nothing when it succeeds (IOSQE_CQE_SKIP_SUCCESS) is done in these. */
+SEC("?raw_tp/io_uring_task_work_run")
+int uring_task_work_run(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_complete();
+}
+
+SEC("?raw_tp/io_uring_local_work_run")
+int uring_local_work_run(struct bpf_raw_tracepoint_args *ctx)
 {
 	return handle_uring_complete();
 }

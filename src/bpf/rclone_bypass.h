@@ -51,13 +51,11 @@ enum vb_loss {
 	VB_LOSS_MAX,
 };
 
-/* Why a process is to be reconciled with what the kernel has; the value in `marks`. */
-enum vb_mark {
-	VB_MARK_FOUND = 1,  /* it may have descriptors that no call told of */
-	VB_MARK_FORKED = 2, /* it was forked, with more than a program copies at once */
-	VB_MARK_SHARED = 3, /* so may the others that share its descriptor table */
-	VB_MARK_URING = 4,  /* io_uring opened or closed something */
-};
+/* Why a process is to be reconciled with what the kernel has; `marks` has their sum. */
+#define VB_MARK_FOUND 1  /* it may have descriptors that no call told of */
+#define VB_MARK_FORKED 2 /* it was forked, with more than a program copies at once */
+#define VB_MARK_SHARED 4 /* so may the others that share its descriptor table */
+#define VB_MARK_URING 8  /* io_uring opened or closed something */
 /* In place of a pid in `marks`: every process, for something got lost. */
 #define VB_MARK_ALL 0
 

@@ -142,6 +142,16 @@ static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd
 	return file;
 }
 
+/*
+ * A task's descriptor table. One that exits keeps it for a while, such as until
+ * its memory is freed (from 6.16 on), but its entries were forgotten at the start
+ * of that.
+ */
+static __always_inline struct files_struct *table_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, flags) & PF_EXITING ? NULL : BPF_CORE_READ(task, files);
+}
+
 /* Descriptors that a table has room for. */
 static __always_inline __u32 table_size(struct files_struct *files)
 {

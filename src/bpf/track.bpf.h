@@ -18,6 +18,7 @@
 #define S_IFREG 0100000
 /* asm-generic/errno-base.h */
 #define ENOENT 2
+#define EFAULT 14
 #define EEXIST 17
 
 #define START_TIME_BITS 42
@@ -268,10 +269,23 @@ __noinline int mark(__u32 pid, __u32 why)
 	struct vb_event *e;
 	long err;
 
-	/* One that is still there will be looked at later than now. */
-	err = bpf_map_update_elem(&marks, &pid, &why, BPF_NOEXIST);
-	if (err == -EEXIST)
-		return 0;
+	for (int i = 0; i < SYNC_TRIES; i++) {
+		__u32 *marked = bpf_map_lookup_elem(&marks, &pid);
+
+		if (!marked) {
+			err = bpf_map_update_elem(&marks, &pid, &why, BPF_NOEXIST);
+			if (err == -EEXIST)
+				continue;
+			goto new;
+		}
+		__sync_fetch_and_or(marked, why);
+		/* If it was taken just before, that was written to nothing. */
+		marked = bpf_map_lookup_elem(&marks, &pid);
+		if (marked && (*marked & why) == why)
+			return 0;
+	}
+	err = -1;
+new:
 	if (err) {
 		count_loss(VB_LOSS_MARKS_FULL);
 		return 0;

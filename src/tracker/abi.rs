@@ -39,10 +39,11 @@ const EVENT_INHERIT: u8 = 5;
 const EVENT_RECEIVE: u8 = 6;
 const EVENT_ADOPT: u8 = 7;
 const EVENT_MARK: u8 = 8;
-/// `enum vb_mark`.
+/// `VB_MARK_FORKED` and so on.
+const MARK_FOUND: u32 = 1;
 const MARK_FORKED: u32 = 2;
-const MARK_SHARED: u32 = 3;
-const MARK_URING: u32 = 4;
+const MARK_SHARED: u32 = 4;
+const MARK_URING: u32 = 8;
 /// `VB_MARK_ALL`.
 pub(super) const MARK_ALL: u32 = 0;
 /// `VB_SYNC_RESEND`.
@@ -179,36 +180,34 @@ pub(super) fn comm(raw: &[i8]) -> OsString {
     OsString::from_vec(bytes.collect())
 }
 
-/// Why a process is to be reconciled.
+/// Why a process is to be reconciled; reasons add up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mark {
-    /// It may have descriptors that no call told of.
-    Found,
-    /// It was forked, with more than a program copies at once.
-    Forked,
-    /// So may the others that share its descriptor table.
-    Shared,
-    /// io_uring opened or closed something.
-    Uring,
-}
+pub(super) struct Mark(u32);
 
 impl Mark {
+    /// It may have descriptors that no call told of.
+    pub(super) const FOUND: Self = Self(MARK_FOUND);
+
     /// Decodes a value of the `marks` map.
     pub(super) fn decode(bytes: &[u8]) -> Self {
-        match bytes.try_into().map(u32::from_ne_bytes) {
-            Ok(MARK_FORKED) => Self::Forked,
-            Ok(MARK_SHARED) => Self::Shared,
-            Ok(MARK_URING) => Self::Uring,
-            _ => Self::Found,
-        }
+        bytes
+            .try_into()
+            .map_or(Self::FOUND, |bytes| Self(u32::from_ne_bytes(bytes)))
+    }
+
+    /// So may the others that share its descriptor table.
+    pub(super) fn is_shared(self) -> bool {
+        self.0 & MARK_SHARED != 0
     }
 
     /// What the descriptors that are found are said to be.
     fn event(self) -> u8 {
-        match self {
-            Self::Forked => EVENT_INHERIT,
-            Self::Uring => EVENT_OPEN,
-            Self::Found | Self::Shared => EVENT_ADOPT,
+        match self.0 {
+            // Copied by a fork, too many for its own handler.
+            MARK_FORKED => EVENT_INHERIT,
+            // Opened by io_uring.
+            MARK_URING => EVENT_OPEN,
+            _ => EVENT_ADOPT,
         }
     }
 }
@@ -241,7 +240,7 @@ pub(super) fn reconcile(
         from: from.into(),
         kind: u64::from(mark.event())
             | flag(resend, SYNC_RESEND)
-            | flag(mark == Mark::Shared, SYNC_SHARED),
+            | flag(mark.is_shared(), SYNC_SHARED),
         other: sharing.unwrap_or(0).into(),
     };
     let mut context = bytes(&arguments).to_vec();
@@ -379,9 +378,16 @@ mod tests {
             ("VB_ABI_VERSION", VERSION as usize),
             ("VB_PATH_CHUNK", PATH_CHUNK),
             ("VB_COMM_LEN", vb_event::default().comm.len()),
+            ("VB_MARK_ALL", MARK_ALL as usize),
+            ("VB_MARK_FOUND", MARK_FOUND as usize),
+            ("VB_MARK_FORKED", MARK_FORKED as usize),
+            ("VB_MARK_SHARED", MARK_SHARED as usize),
+            ("VB_MARK_URING", MARK_URING as usize),
         ] {
-            let line = format!("#define {name} {expected}\n");
-            assert!(header.contains(&line), "{line}");
+            let mut lines = header.lines().map(str::split_whitespace);
+            let found = lines.find(|line| line.clone().nth(1) == Some(name));
+            let value = found.and_then(|mut line| line.nth(2)?.parse().ok());
+            assert_eq!(value, Some(expected), "{name}");
         }
         for (name, expected) in [
             ("VB_EVENT_OPEN", EVENT_OPEN),
@@ -392,9 +398,6 @@ mod tests {
             ("VB_EVENT_RECEIVE", EVENT_RECEIVE),
             ("VB_EVENT_ADOPT", EVENT_ADOPT),
             ("VB_EVENT_MARK", EVENT_MARK),
-            ("VB_MARK_FORKED", MARK_FORKED as u8),
-            ("VB_MARK_SHARED", MARK_SHARED as u8),
-            ("VB_MARK_URING", MARK_URING as u8),
         ] {
             assert!(header.contains(&format!("{name} = {expected},")), "{name}");
         }
@@ -411,15 +414,9 @@ mod tests {
         for (name, expected) in [
             ("VB_SYNC_RESEND", SYNC_RESEND),
             ("VB_SYNC_SHARED", SYNC_SHARED),
-            ("VB_MARK_ALL", 0),
         ] {
-            let value = if expected == 0 {
-                "0".into()
-            } else {
-                format!("{expected:#x}")
-            };
             assert!(
-                header.contains(&format!("#define {name} {value}")),
+                header.contains(&format!("#define {name} {expected:#x}")),
                 "{name}"
             );
         }

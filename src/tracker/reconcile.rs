@@ -136,27 +136,26 @@ impl<'a> Reconciler<'a> {
             state.marked = false;
             let pathless: BTreeSet<u32> = state.pathless.drain(..).collect();
             for pid in pathless {
-                self.one(state, pid, Mark::Found, true, None)?;
+                self.one(state, pid, Mark::FOUND, true, None)?;
             }
             let keys: Vec<Vec<u8>> = self.marks.keys().collect();
             if keys.is_empty() {
                 break;
             }
             for key in keys {
-                let why = self.marks.lookup(&key, MapFlags::ANY).ok().flatten();
                 // First: a mark that comes from now on is a new one.
-                let _ = self.marks.delete(&key);
+                let why = self.marks.lookup_and_delete(&key).ok().flatten();
                 let Some(pid) = key.try_into().ok().map(u32::from_ne_bytes) else {
                     continue;
                 };
-                let mark = why.map_or(Mark::Found, |bytes| Mark::decode(&bytes));
+                let mark = why.map_or(Mark::FOUND, |bytes| Mark::decode(&bytes));
                 if pid == abi::MARK_ALL {
                     self.heal_due
                         .get_or_insert(Instant::now() + self.heal_delay);
                     continue;
                 }
                 self.one(state, pid, mark, resend, None)?;
-                if mark == Mark::Shared {
+                if mark.is_shared() {
                     self.sharers(state, pid)?;
                 }
             }
@@ -204,13 +203,13 @@ impl<'a> Reconciler<'a> {
         let pids = host::processes();
         let complete = pids.is_ok();
         for pid in pids.unwrap_or_default() {
-            self.one(state, pid, Mark::Found, resend, None)?;
+            self.one(state, pid, Mark::FOUND, resend, None)?;
         }
         self.set_sweeping(0)?;
         // Entries of processes that are gone by now.
         let known: BTreeSet<u32> = state.write_table().pids();
         for pid in known {
-            self.one(state, pid, Mark::Found, false, None)?;
+            self.one(state, pid, Mark::FOUND, false, None)?;
         }
         self.source.drain(state);
         Ok(complete)
@@ -229,7 +228,7 @@ impl<'a> Reconciler<'a> {
             return Ok(());
         };
         for other in all.into_iter().filter(|other| *other != pid) {
-            self.one(state, other, Mark::Found, false, Some(pid))?;
+            self.one(state, other, Mark::FOUND, false, Some(pid))?;
         }
         Ok(())
     }
