@@ -34,7 +34,8 @@ static __always_inline struct pt_regs *own_regs(void)
 static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 {
 #if defined(__TARGET_ARCH_x86)
-	return regs->orig_ax;
+	/* As the kernel does: of the register, it takes the lower half alone. */
+	return (__u32)regs->orig_ax;
 #elif defined(__TARGET_ARCH_arm64)
 	return (__u32)regs->syscallno;
 #endif
