@@ -233,7 +233,7 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 	if (!threads->node || threads->node == threads->head)
 		return 1;
 	threads->node = (__u64)BPF_CORE_READ(task, thread_node.next);
-	files = (__u64)BPF_CORE_READ(task, files);
+	files = (__u64)table_of(task);
 	if (!files || files == threads->leaders)
 		return 0;
 	tid = tid_of(task);
@@ -261,7 +261,7 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		return find_task(pid) ? 0 : VB_RECONCILE_GONE;
 	}
 	tgid = tgid_of(task);
-	files = BPF_CORE_READ(task, files);
+	files = table_of(task);
 	if (tgid == pid && (!files || (!from && threads_of(task) > 1))) {
 		struct signal_struct *signal = BPF_CORE_READ(task, signal);
 
@@ -273,7 +273,9 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 			note_proc(pid, VB_PROC_THREADS);
 		if (!files && threads.other) {
 			task = (struct task_struct *)threads.other;
-			files = BPF_CORE_READ(task, files);
+			files = table_of(task);
+			if (!files)
+				return 0;
 		}
 	} else if (tgid != pid && files == BPF_CORE_READ(task, group_leader, files)) {
 		/* No table of its own any more. */
@@ -297,6 +299,9 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 	walk.ring_limit = ring_limit;
 	if (!walk_table(&walk))
 		return walk.next;
+	/* Its exit has begun, or an exec: what was found then may be too much. */
+	if (table_of(task) != files)
+		return 0;
 	proc = bpf_map_lookup_elem(&procs, &pid);
 	/* Entries beyond the end of a table that has replaced a larger one. */
 	if (proc && (from || proc->entries != walk.found))

@@ -10,6 +10,7 @@
 /* linux/pid_types.h */
 #define PIDTYPE_TGID_INDEX 1
 /* linux/sched.h */
+#define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
 /* lib/xarray.c: at least 4 bits a level */
 #define XA_HEIGHT_MAX 16
@@ -128,6 +129,15 @@ static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd
 	if (bpf_probe_read_kernel(&file, sizeof(file), &slots[fd]))
 		return NULL;
 	return file;
+}
+
+/*
+ * A task's descriptor table. One that exits keeps it for a while, such as until
+ * its memory is freed, but its entries were forgotten at the start of that.
+ */
+static __always_inline struct files_struct *table_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, flags) & PF_EXITING ? NULL : BPF_CORE_READ(task, files);
 }
 
 /* Descriptors that a table has room for. */
