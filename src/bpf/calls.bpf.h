@@ -208,6 +208,9 @@ static __always_inline void handle_close_range(const struct called *call)
 	walk.pid = tracked_table();
 	if (!walk.pid)
 		return;
+	/* The copy may end before the last of its entries. */
+	if (flags & CLOSE_RANGE_UNSHARE)
+		mark(walk.pid, VB_MARK_FOUND);
 	size = table_size(BPF_CORE_READ(task, files));
 	walk.next = first;
 	walk.last = last < size ? last : size - 1;
@@ -268,9 +271,10 @@ static __always_inline void handle_recvmsg(const struct called *call)
 {
 	struct passed passed = {};
 
-	if (call->ret < 0)
+	/* Descriptors may have come before a write to the header failed. */
+	if (call->ret < 0 && call->ret != -EFAULT)
 		return;
-	if (call->compat) {
+	if (call->compat || call->ret < 0) {
 		mark(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
@@ -304,9 +308,9 @@ static __always_inline void handle_recvmmsg(const struct called *call)
 {
 	struct messages messages = { .left = call->ret };
 
-	if (call->ret <= 0)
+	if (call->ret <= 0 && call->ret != -EFAULT)
 		return;
-	if (call->compat) {
+	if (call->compat || call->ret < 0) {
 		mark(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
@@ -316,16 +320,21 @@ static __always_inline void handle_recvmmsg(const struct called *call)
 
 /*
  * After a seccomp(2) supervisor put a descriptor into another process. With
- * SECCOMP_ADDFD_FLAG_SEND that process's own call returns it.
+ * SECCOMP_ADDFD_FLAG_SEND that process's own call returns it, which may be any
+ * call, and it may have left the list.
  */
 static __always_inline void handle_addfd(const struct called *call)
 {
 	struct seccomp_notif_addfd addfd;
 	struct seccomp_filter *filter;
 	struct list_head *head, *at;
+	__u32 dev = 0;
+	bool sent;
 
-	if (bpf_probe_read_user(&addfd, sizeof(addfd), (void *)argument(call, 2)) ||
-	    (addfd.flags & SECCOMP_ADDFD_FLAG_SEND))
+	if (bpf_probe_read_user(&addfd, sizeof(addfd), (void *)argument(call, 2)))
+		goto unknown;
+	sent = addfd.flags & SECCOMP_ADDFD_FLAG_SEND;
+	if (sent && !tracked_sb(own_file(addfd.srcfd), &dev))
 		return;
 	if (!bpf_core_type_exists(struct seccomp_knotif))
 		goto unknown;
@@ -342,7 +351,9 @@ static __always_inline void handle_addfd(const struct called *call)
 		if (BPF_CORE_READ(notif, id) == addfd.id) {
 			task = BPF_CORE_READ(notif, task);
 			tgid = tgid_of(task);
-			if (tgid)
+			if (tgid && sent)
+				mark(table_id((__u64)task, tgid), VB_MARK_FOUND);
+			else if (tgid)
 				sync_fd((__u64)task, table_id((__u64)task, tgid),
 					call->ret, VB_EVENT_RECEIVE, 0);
 			return;

@@ -101,6 +101,24 @@ static __always_inline bool is_sweeping(void)
 	return sweep && *sweep;
 }
 
+/* A new thread has the table of one that has a table apart from its process. */
+static __always_inline void share_apart(struct task_struct *parent, struct task_struct *child,
+					__u32 tgid)
+{
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	__u32 pid, tid;
+
+	if (!proc || !(proc->flags & VB_PROC_THREADS))
+		return;
+	pid = table_id((__u64)parent, tgid);
+	if (pid == tgid)
+		return;
+	tid = tid_of(child);
+	note_proc(pid, VB_PROC_SHARED);
+	note_proc(tid, VB_PROC_SHARED);
+	mark(tid, VB_MARK_SHARED);
+}
+
 /* After a fork, of a process or of a thread: the child has not run yet. */
 static __always_inline int handle_fork(struct task_struct *parent, struct task_struct *child)
 {
@@ -108,7 +126,11 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	__u32 parents = tgid_of(parent), tgid = tgid_of(child);
 	struct walk walk = { .task = (__u64)child, .kind = VB_EVENT_INHERIT };
 
-	if ((parents == tgid && same) || !tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
+	if (parents == tgid && same) {
+		share_apart(parent, child, tgid);
+		return 0;
+	}
+	if (!tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
 		return 0;
 	if (same) {
 		/* CLONE_FILES without CLONE_THREAD: two processes with one table. */
@@ -171,8 +193,10 @@ static __always_inline int handle_thread_exit(struct task_struct *task)
 	if (proc->flags & VB_PROC_THREADS) {
 		pid = table_id((__u64)task, tgid);
 		tid = tid_of(task);
-		if (pid == tid && BPF_CORE_READ(task, files, count.counter) == 1)
-			drop_table((__u64)task, pid, pid != tgid);
+		if (pid != tgid)
+			drop_table((__u64)task, pid, true);
+		else if (pid == tid && BPF_CORE_READ(task, files, count.counter) == 1)
+			drop_table((__u64)task, pid, false);
 		else if (!last)
 			mark(tgid, VB_MARK_FOUND);
 	}
@@ -291,8 +315,10 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 	} else if (!from && tgid == pid &&
 		   BPF_CORE_READ(files, count.counter) > threads_of(task) && !threads.apart) {
 		/* More users than threads: other processes, or somebody looks at it. */
-		note_proc(pid, VB_PROC_SHARED);
-		mark(pid, VB_MARK_SHARED);
+		note_shared(pid);
+	} else if (!from && tgid != pid && BPF_CORE_READ(files, count.counter) > 1) {
+		/* Threads apart from their process, together. */
+		note_shared(pid);
 	}
 	walk.task = (__u64)task;
 	walk.last = table_size(files) - 1;

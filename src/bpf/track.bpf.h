@@ -18,6 +18,7 @@
 #define S_IFREG 0100000
 /* asm-generic/errno-base.h */
 #define ENOENT 2
+#define EFAULT 14
 #define EEXIST 17
 
 #define START_TIME_BITS 42
@@ -290,7 +291,16 @@ static __always_inline __u32 tracked_table(void)
 	return table_id(bpf_get_current_task(), tgid);
 }
 
-/* After an entry came or went. */
+/* Notes that others share a process's table, and has them found unless they are. */
+static __always_inline void note_shared(__u32 pid)
+{
+	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
+
+	if ((!proc || !(proc->flags & VB_PROC_SHARED)) && note_proc(pid, VB_PROC_SHARED))
+		mark(pid, VB_MARK_SHARED);
+}
+
+/* After an entry came, went, or with no change was replaced. */
 static __always_inline void count_entry(const struct vb_fd_key *key, __s64 change)
 {
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &key->pid);
@@ -390,6 +400,7 @@ static __always_inline void track(struct task_struct *task, const struct vb_fd_k
 		/* Gone meanwhile: who looks at it next puts it right. */
 		if (err == -ENOENT)
 			return;
+		count_entry(key, 0);
 	} else if (!err) {
 		count_entry(key, 1);
 	}

@@ -226,6 +226,13 @@ impl<'a> Reconciler<'a> {
             state.shared.note_reconcile_failed(&mut state.published);
             return Ok(());
         };
+        // A thread with a table apart from its process's shares it with others of
+        // that process at most.
+        let all = if all.contains(&pid) {
+            all
+        } else {
+            host::threads(pid)
+        };
         for other in all.into_iter().filter(|other| *other != pid) {
             self.one(state, other, Mark::Found, false, Some(pid))?;
         }
