@@ -229,6 +229,19 @@ int uring_complete(struct bpf_raw_tracepoint_args *ctx)
 	return handle_uring_complete();
 }
 
+/* An operation that posts nothing when it succeeds (IOSQE_CQE_SKIP_SUCCESS) is done in these. */
+SEC("?raw_tp/io_uring_task_work_run")
+int uring_task_work_run(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_complete();
+}
+
+SEC("?raw_tp/io_uring_local_work_run")
+int uring_local_work_run(struct bpf_raw_tracepoint_args *ctx)
+{
+	return handle_uring_complete();
+}
+
 /* Not attached: user space runs it with a struct vb_reconcile for a context. */
 SEC("raw_tp")
 int reconcile(struct bpf_raw_tracepoint_args *ctx)

@@ -129,12 +129,14 @@ pub(super) fn pid_namespace() -> Option<u32> {
 }
 
 /// Every process in this process's pid namespace; an error where /proc is
-/// missing, or that of another namespace.
+/// missing, that of another namespace, or hides processes (`hidepid=2`).
 pub(super) fn processes() -> io::Result<Vec<u32>> {
     let own = std::process::id();
     if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
         return Err(io::Error::other("/proc is of another pid namespace"));
     }
+    // Every namespace has a first process, whoever's it is.
+    fs::metadata("/proc/1")?;
     let names = fs::read_dir("/proc")?.flatten().map(|e| e.file_name());
     Ok(names
         .filter_map(|name| name.to_str()?.parse().ok())

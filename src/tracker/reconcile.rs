@@ -137,11 +137,16 @@ impl<'a> Reconciler<'a> {
             for pid in pathless {
                 self.one(state, pid, Mark::Found, true, None)?;
             }
-            let keys: Vec<Vec<u8>> = self.marks.keys().collect();
-            if keys.is_empty() {
+            if self.marks_are_empty() {
                 break;
             }
-            for key in keys {
+            for key in self.marks.keys().collect::<Vec<_>>() {
+                if key == abi::MARK_ALL.to_ne_bytes() {
+                    // It stays until then: `dump-map` waits for it.
+                    self.heal_due
+                        .get_or_insert(Instant::now() + self.heal_delay);
+                    continue;
+                }
                 let why = self.marks.lookup(&key, MapFlags::ANY).ok().flatten();
                 // First: a mark that comes from now on is a new one.
                 let _ = self.marks.delete(&key);
@@ -149,11 +154,6 @@ impl<'a> Reconciler<'a> {
                     continue;
                 };
                 let mark = why.map_or(Mark::Found, |bytes| Mark::decode(&bytes));
-                if pid == abi::MARK_ALL {
-                    self.heal_due
-                        .get_or_insert(Instant::now() + self.heal_delay);
-                    continue;
-                }
                 self.one(state, pid, mark, false, None)?;
                 if mark == Mark::Shared {
                     self.sharers(state, pid)?;
@@ -167,13 +167,17 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
+    /// Whether no single process is marked.
     fn marks_are_empty(&self) -> bool {
-        self.marks.keys().next().is_none()
+        let all = abi::MARK_ALL.to_ne_bytes();
+        self.marks.keys().all(|key| key == all)
     }
 
     /// Tries to make all losses good: the table is exact if none came meanwhile.
     fn heal(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
         let before = state.shared.losses().breaking();
+        // First: what gets lost from now on is for the next time.
+        let _ = self.marks.delete(&abi::MARK_ALL.to_ne_bytes());
         let mut exact = self.sweep(state, true)?;
         self.settle_marks(state)?;
         let now = SystemTime::now();
