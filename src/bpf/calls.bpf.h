@@ -150,19 +150,29 @@ static __always_inline struct file *own_file(__u32 fd)
 	return file;
 }
 
+/* The current task's table, noted if it is a thread's own; 0: not to be seen. */
+static __always_inline __u32 current_table(void)
+{
+	__u32 tgid = current_tgid(), pid;
+
+	if (!tgid)
+		return 0;
+	pid = table_id(bpf_get_current_task(), tgid);
+	if (pid != tgid)
+		note_proc(tgid, VB_PROC_THREADS);
+	return pid;
+}
+
 /* After a call that returned a new descriptor. */
 static __always_inline void handle_new_fd(__u32 fd, __u32 kind)
 {
 	__u64 task = bpf_get_current_task();
-	__u32 tgid, pid, dev = 0;
+	__u32 pid, dev = 0;
 
 	if (tracked_sb(own_file(fd), &dev)) {
-		tgid = current_tgid();
-		if (!tgid)
+		pid = current_table();
+		if (!pid)
 			return;
-		pid = table_id(task, tgid);
-		if (pid != tgid)
-			note_proc(tgid, VB_PROC_THREADS);
 		sync_fd(task, pid, fd, kind,
 			(kind & VB_SYNC_KIND) == VB_EVENT_OPEN ? open_duration() : 0);
 		return;
@@ -221,6 +231,8 @@ static __always_inline void handle_close_range(const struct called *call)
 /* Descriptors in a control message. */
 struct passed {
 	__u64 from; /* user space's address of the next */
+	__u64 task;
+	__u32 pid;
 	__u32 left;
 };
 
@@ -233,7 +245,7 @@ static long take_passed(void *map, const __u32 *index, __u64 *unused, struct pas
 	if (bpf_probe_read_user(&fd, sizeof(fd), (void *)passed->from))
 		return 1;
 	passed->from += sizeof(fd);
-	handle_new_fd(fd, VB_EVENT_RECEIVE);
+	sync_fd(passed->task, passed->pid, fd, VB_EVENT_RECEIVE, 0);
 	return 0;
 }
 
@@ -279,7 +291,11 @@ static __always_inline void handle_recvmsg(const struct called *call)
 		return;
 	}
 	passed.left = find_passed((const struct user_msghdr *)argument(call, 1), &passed.from);
-	if (passed.left)
+	if (!passed.left)
+		return;
+	passed.task = bpf_get_current_task();
+	passed.pid = current_table();
+	if (passed.pid)
 		bpf_for_each_map_elem(&starts, take_passed, &passed, 0);
 }
 
@@ -351,11 +367,14 @@ static __always_inline void handle_addfd(const struct called *call)
 		if (BPF_CORE_READ(notif, id) == addfd.id) {
 			task = BPF_CORE_READ(notif, task);
 			tgid = tgid_of(task);
-			if (tgid && sent)
-				mark(table_id((__u64)task, tgid), VB_MARK_FOUND);
-			else if (tgid)
-				sync_fd((__u64)task, table_id((__u64)task, tgid),
-					call->ret, VB_EVENT_RECEIVE, 0);
+			if (!tgid)
+				return;
+			if (!sent)
+				sync_fd((__u64)task, table_id((__u64)task, tgid), call->ret,
+					VB_EVENT_RECEIVE, 0);
+			/* It may have been killed, and be gone already. */
+			if (sent || (BPF_CORE_READ(task, flags) & PF_EXITING))
+				mark(tgid, VB_MARK_FOUND);
 			return;
 		}
 		at = BPF_CORE_READ(at, next);

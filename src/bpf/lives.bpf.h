@@ -30,7 +30,7 @@ static long drop_entry(void *map, const struct vb_fd_key *key, struct vb_fd *ent
 		return 0;
 	err = bpf_map_delete_elem(map, &own);
 	if (!err)
-		count_entry(&own, -1);
+		count_entry(own.pid, -1);
 	else if (err != -ENOENT)
 		drop->failed = 1;
 	return 0;
@@ -50,19 +50,16 @@ static long drop_slot(void *map, const __u32 *index, __u64 *unused, struct walk 
 {
 	struct vb_fd_key key = { .pid = walk->pid, .fd = walk->next };
 
-	/* `found` counts down to the last that there is. */
-	if (!walk->found || walk->next++ > walk->last)
+	if (walk->next++ > walk->last)
 		return 1;
-	if (!bpf_map_delete_elem(&fds, &key)) {
-		count_entry(&key, -1);
-		walk->found--;
-	}
+	if (!bpf_map_delete_elem(&fds, &key))
+		count_entry(key.pid, -1);
 	return 0;
 }
 
 /*
  * Forgets a table that is gone; user space is told once and derives the closes.
- * Of the task, by its descriptors, where they can be told.
+ * Of a task, by its descriptors, and by all of `fds` only if there are more.
  */
 __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 {
@@ -70,26 +67,24 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
 	struct walk walk = { .pid = pid };
 	struct files_struct *files;
-	struct vb_event e;
+	struct vb_event *e;
 
 	if (!proc)
 		return 0;
 	files = task ? BPF_CORE_READ(task, files) : NULL;
-	walk.found = proc->entries;
-	if (files && walk.found) {
+	if (files && proc->entries) {
 		walk.last = table_size(files);
 		bpf_for_each_map_elem(&starts, drop_slot, &walk, 0);
 	}
-	if (walk.found)
+	if (proc->entries)
 		drop_from(pid, 0);
 	if (ended)
 		bpf_map_delete_elem(&procs, &pid);
-	__builtin_memset(&e, 0, sizeof(e));
-	e.kind = VB_EVENT_EXIT;
-	e.ts = bpf_ktime_get_boot_ns();
-	e.pid = pid;
-	e.tid = task ? tid_of(task) : pid;
-	send(&e, sizeof(e));
+	e = reserve();
+	if (e) {
+		fill_event(e, VB_EVENT_EXIT, task ? tid_of(task) : pid, pid, 0);
+		submit(e);
+	}
 	return 0;
 }
 
@@ -101,42 +96,30 @@ static __always_inline bool is_sweeping(void)
 	return sweep && *sweep;
 }
 
-/* A new thread has the table of one that has a table apart from its process. */
-static __always_inline void share_apart(struct task_struct *parent, struct task_struct *child,
-					__u32 tgid)
-{
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
-	__u32 pid, tid;
-
-	if (!proc || !(proc->flags & VB_PROC_THREADS))
-		return;
-	pid = table_id((__u64)parent, tgid);
-	if (pid == tgid)
-		return;
-	tid = tid_of(child);
-	note_proc(pid, VB_PROC_SHARED);
-	note_proc(tid, VB_PROC_SHARED);
-	mark(tid, VB_MARK_SHARED);
-}
-
 /* After a fork, of a process or of a thread: the child has not run yet. */
 static __always_inline int handle_fork(struct task_struct *parent, struct task_struct *child)
 {
-	bool same = BPF_CORE_READ(parent, files) == BPF_CORE_READ(child, files);
+	struct files_struct *files = BPF_CORE_READ(child, files);
+	bool same = BPF_CORE_READ(parent, files) == files;
 	__u32 parents = tgid_of(parent), tgid = tgid_of(child);
 	struct walk walk = { .task = (__u64)child, .kind = VB_EVENT_INHERIT };
 
-	if (parents == tgid && same) {
-		share_apart(parent, child, tgid);
-		return 0;
-	}
 	if (!tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
 		return 0;
 	if (same) {
-		/* CLONE_FILES without CLONE_THREAD: two processes with one table. */
+		walk.pid = table_id((__u64)child, tgid);
+		/* The ordinary thread. */
+		if (parents == tgid && walk.pid == tgid)
+			return 0;
+		/*
+		 * CLONE_FILES without CLONE_THREAD: two processes with one table;
+		 * or a thread of one that has not its process's.
+		 */
 		note_proc(table_id((__u64)parent, parents), VB_PROC_SHARED);
-		note_proc(tgid, VB_PROC_SHARED);
-		mark(tgid, VB_MARK_SHARED);
+		note_proc(walk.pid, VB_PROC_SHARED);
+		if (walk.pid != tgid)
+			note_proc(tgid, VB_PROC_THREADS);
+		mark(walk.pid, VB_MARK_SHARED);
 		return 0;
 	}
 	/*
@@ -152,7 +135,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 		walk.pid = tid_of(child);
 		note_proc(tgid, VB_PROC_THREADS);
 	}
-	walk.last = table_size(BPF_CORE_READ(child, files)) - 1;
+	walk.last = table_size(files) - 1;
 	if (walk.last >= INLINE_SLOTS)
 		mark(walk.pid, VB_MARK_FORKED);
 	else
@@ -193,9 +176,10 @@ static __always_inline int handle_thread_exit(struct task_struct *task)
 	if (proc->flags & VB_PROC_THREADS) {
 		pid = table_id((__u64)task, tgid);
 		tid = tid_of(task);
-		if (pid != tgid)
+		if (pid == tid && pid != tgid)
 			drop_table((__u64)task, pid, true);
 		else if (pid == tid && BPF_CORE_READ(task, files, count.counter) == 1)
+			/* The first thread's, while others have theirs. */
 			drop_table((__u64)task, pid, false);
 		else if (!last)
 			mark(tgid, VB_MARK_FOUND);
@@ -237,13 +221,14 @@ static __always_inline int handle_uring_complete(void)
 	return 0;
 }
 
-/* The threads of a process that have not its first thread's table. */
+/* The threads of a process, by the tables that they have. */
 struct threads {
 	__u64 head;
 	__u64 node;
 	__u64 leaders; /* the first thread's table, 0: it has exited */
 	__u64 other;   /* a thread with the process's table where it has */
-	__u32 apart; /* 1: there are some. Not counted: the verifier would follow every count */
+	__u32 users;   /* threads with the first thread's table */
+	__u32 apart;   /* 1: there are others. Not a count: the verifier would follow it */
 };
 
 static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
@@ -257,12 +242,13 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 	if (!threads->node || threads->node == threads->head)
 		return 1;
 	threads->node = (__u64)BPF_CORE_READ(task, thread_node.next);
-	files = (__u64)table_of(task);
+	files = (__u64)BPF_CORE_READ(task, files);
 	if (!files || files == threads->leaders)
 		return 0;
 	tid = tid_of(task);
 	if (threads->leaders || bpf_map_lookup_elem(&procs, &tid)) {
 		threads->apart = 1;
+		threads->users--;
 		mark(tid, VB_MARK_FOUND);
 	} else {
 		threads->other = (__u64)task;
@@ -270,13 +256,24 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 	return 0;
 }
 
+/*
+ * Whether a task's table is about to go: then handle_thread_exit() may have been
+ * here already, and what was added after it would stay.
+ */
+static __always_inline bool is_ending(struct task_struct *task, bool process)
+{
+	return process ? BPF_CORE_READ(task, signal, live.counter) <= 0 :
+			 (BPF_CORE_READ(task, flags) & PF_EXITING);
+}
+
 static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, __u32 other)
 {
-	struct task_struct *task = (struct task_struct *)find_task(pid), *others;
-	struct walk walk = { .pid = pid, .next = from, .kind = kind };
+	struct task_struct *named = (struct task_struct *)find_task(pid), *task = named, *others;
+	struct walk walk = { .pid = pid, .next = from, .kind = kind & ~VB_SYNC_SHARED };
 	struct threads threads = {};
 	struct files_struct *files;
 	struct vb_proc *proc;
+	bool process;
 	__u32 tgid;
 
 	if (!task) {
@@ -285,8 +282,10 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		return find_task(pid) ? 0 : VB_RECONCILE_GONE;
 	}
 	tgid = tgid_of(task);
-	files = table_of(task);
-	if (tgid == pid && (!files || (!from && threads_of(task) > 1))) {
+	process = tgid == pid;
+	files = BPF_CORE_READ(task, files);
+	threads.users = process ? threads_of(task) : 1;
+	if (process && (!files || (!from && threads.users > 1))) {
 		struct signal_struct *signal = BPF_CORE_READ(task, signal);
 
 		threads.head = (__u64)signal + bpf_core_field_offset(struct signal_struct, thread_head);
@@ -297,11 +296,9 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 			note_proc(pid, VB_PROC_THREADS);
 		if (!files && threads.other) {
 			task = (struct task_struct *)threads.other;
-			files = table_of(task);
-			if (!files)
-				return 0;
+			files = BPF_CORE_READ(task, files);
 		}
-	} else if (tgid != pid && files == BPF_CORE_READ(task, group_leader, files)) {
+	} else if (!process && files == BPF_CORE_READ(task, group_leader, files)) {
 		/* No table of its own any more. */
 		goto gone;
 	}
@@ -312,29 +309,36 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		if (!others || BPF_CORE_READ(others, files) != files)
 			return VB_RECONCILE_OTHER;
 		note_proc(pid, VB_PROC_SHARED);
-	} else if (!from && tgid == pid &&
-		   BPF_CORE_READ(files, count.counter) > threads_of(task) && !threads.apart) {
-		/* More users than threads: other processes, or somebody looks at it. */
-		note_shared(pid);
-	} else if (!from && tgid != pid && BPF_CORE_READ(files, count.counter) > 1) {
-		/* Threads apart from their process, together. */
-		note_shared(pid);
+	} else if (!from && BPF_CORE_READ(files, count.counter) > (int)threads.users) {
+		/* More users than known: others, or somebody just looks at it. */
+		proc = bpf_map_lookup_elem(&procs, &pid);
+		if (!proc || !(proc->flags & VB_PROC_SHARED)) {
+			note_proc(pid, VB_PROC_SHARED);
+			mark(pid, VB_MARK_SHARED);
+		}
 	}
+	/* A thread's table: its process's threads are the others. */
+	if (!process && (kind & VB_SYNC_SHARED))
+		mark(tgid, VB_MARK_FOUND);
 	walk.task = (__u64)task;
 	walk.last = table_size(files) - 1;
 	walk.ring_limit = ring_limit;
 	if (!walk_table(&walk))
 		return walk.next;
-	/* Its exit has begun, or an exec: what was found then may be too much. */
-	if (table_of(task) != files)
-		return 0;
 	proc = bpf_map_lookup_elem(&procs, &pid);
 	/* Entries beyond the end of a table that has replaced a larger one. */
 	if (proc && (from || proc->entries != walk.found))
 		drop_from(pid, walk.last + 1);
-	return VB_RECONCILE_DONE;
+	/*
+	 * An exec gives a process's number to another of its threads, and a thread's
+	 * away; an unshare changes the table: what was added is of the old one.
+	 */
+	if (find_task(pid) != (__u64)named || BPF_CORE_READ(task, files) != files)
+		return 0;
+	if (!is_ending(task, process))
+		return VB_RECONCILE_DONE;
 gone:
-	drop_table(0, pid, true);
+	drop_table(0, pid, is_ending(task, process));
 	return VB_RECONCILE_GONE;
 }
 

@@ -17,6 +17,7 @@ struct scratch {
 	__u32 off;    /* the walk: where the path starts so far */
 	__u64 dentry; /* the walk: next to write */
 	__u64 root;   /* the walk: where it ends */
+	struct vb_event event;
 	/*
 	 * Twice VB_PATH_MAX: the verifier bounds the record's start and its
 	 * length apart, not their sum.

@@ -71,7 +71,7 @@ enum vb_mark {
 struct vb_reconcile {
 	__u64 pid;
 	__u64 from;  /* the first descriptor */
-	__u64 kind;  /* enum vb_event_kind for what is found, | VB_SYNC_RESEND */
+	__u64 kind;  /* enum vb_event_kind for what is found, | the flags below */
 	__u64 other; /* not 0: only if it shares this one's table */
 };
 
@@ -79,6 +79,7 @@ struct vb_reconcile {
 #define VB_SYNC_KIND 0xff
 #define VB_SYNC_NEW 0x100    /* a call returned it just now: never the old one */
 #define VB_SYNC_RESEND 0x200 /* tell of it even if it is known */
+#define VB_SYNC_SHARED 0x400 /* reconcile: others that share the table, too */
 
 struct vb_fd_key {
 	__u32 pid;

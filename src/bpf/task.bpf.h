@@ -55,21 +55,19 @@ static __always_inline __u32 tid_of(struct task_struct *task)
 	return pid_number(BPF_CORE_READ(task, thread_pid));
 }
 
-/* What the process calls itself: its number in its own namespace. */
-static __always_inline __u32 own_pid_of(struct task_struct *task)
-{
-	struct pid *pid = BPF_CORE_READ(task, signal, pids[PIDTYPE_TGID_INDEX]);
-	__u32 level = pid ? BPF_CORE_READ(pid, level) : 0;
-
-	return pid ? BPF_CORE_READ(upid_at(pid, level), nr) : 0;
-}
-
 /* The current task's, which is at hand where the namespace is the host's. */
 static __always_inline __u32 current_tgid(void)
 {
 	if (!pidns_inum)
 		return bpf_get_current_pid_tgid() >> 32;
 	return tgid_of((struct task_struct *)bpf_get_current_task());
+}
+
+static __always_inline __u32 current_tid(void)
+{
+	if (!pidns_inum)
+		return (__u32)bpf_get_current_pid_tgid();
+	return tid_of((struct task_struct *)bpf_get_current_task());
 }
 
 /*
@@ -117,6 +115,19 @@ __noinline __u64 find_task(__u32 nr)
 	return (__u64)first - bpf_core_field_offset(struct task_struct, pid_links);
 }
 
+/* What a process calls itself: its number in its own namespace. */
+__noinline __u32 own_pid_of(__u64 task)
+{
+	struct pid *pid = BPF_CORE_READ((struct task_struct *)task, signal,
+					pids[PIDTYPE_TGID_INDEX]);
+	struct upid *deepest;
+
+	if (!pid)
+		return 0;
+	deepest = upid_at(pid, BPF_CORE_READ(pid, level));
+	return BPF_CORE_READ(deepest, nr);
+}
+
 /* The file behind a descriptor of a table, or NULL. */
 static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd)
 {
@@ -129,15 +140,6 @@ static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd
 	if (bpf_probe_read_kernel(&file, sizeof(file), &slots[fd]))
 		return NULL;
 	return file;
-}
-
-/*
- * A task's descriptor table. One that exits keeps it for a while, such as until
- * its memory is freed, but its entries were forgotten at the start of that.
- */
-static __always_inline struct files_struct *table_of(struct task_struct *task)
-{
-	return BPF_CORE_READ(task, flags) & PF_EXITING ? NULL : BPF_CORE_READ(task, files);
 }
 
 /* Descriptors that a table has room for. */

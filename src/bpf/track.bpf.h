@@ -158,64 +158,115 @@ static __always_inline int walk_path(struct scratch *s, __u32 slot, struct file 
 	return done == 1 && s->off < VB_PATH_MAX ? s->off + 1 : -1;
 }
 
-static __always_inline void send(void *record, __u32 len)
+/*
+ * A record for an event without a path, in the ring itself: on the stack of 512
+ * bytes that all callers share there is no room for it. NULL: no room in the ring.
+ */
+static __always_inline struct vb_event *reserve(void)
 {
-	if (bpf_ringbuf_output(&events, record, len, 0))
+	struct vb_event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	if (!e)
 		count_loss(VB_LOSS_RING_FULL);
-	else
-		count_event();
+	return e;
 }
 
-/* Sends an event with the file's path; without it where it cannot be had. */
-static __always_inline void send_with_path(struct vb_event *e, struct file *file,
-					   struct super_block *sb)
+static __always_inline void submit(struct vb_event *e)
 {
-	int off, slot = take_scratch();
-	struct scratch *s = NULL;
-	__u32 start;
-
-	if (slot >= 0)
-		s = bpf_map_lookup_elem(&scratches, &slot);
-	if (!s) {
-		count_loss(VB_LOSS_SCRATCH_BUSY);
-		send(e, sizeof(*e));
-		return;
-	}
-	off = walk_path(s, slot, file, sb);
-	if (off < 0 || off >= VB_PATH_MAX) {
-		count_loss(VB_LOSS_PATH_UNREADABLE);
-		send(e, sizeof(*e));
-		goto release;
-	}
-	/* The record starts on 8 bytes; the path begins up to 7 bytes behind. */
-	start = off & (VB_PATH_MAX - 8);
-	e->path_off = sizeof(*e) + off - start;
-	e->path_len = VB_PATH_MAX - off;
-	if (!bpf_probe_read_kernel(&s->record[start], sizeof(*e), e))
-		send(&s->record[start], sizeof(*e) + VB_PATH_MAX - start);
-	else
-		count_loss(VB_LOSS_PATH_UNREADABLE);
-release:
-	__sync_lock_test_and_set(&s->busy, 0);
+	bpf_ringbuf_submit(e, 0);
+	count_event();
 }
 
-static __always_inline void fill_event(struct vb_event *e, __u8 kind, struct task_struct *task,
-				       __u32 pid, __u32 fd)
+static __always_inline void fill_event(struct vb_event *e, __u8 kind, __u32 tid, __u32 pid,
+				       __u32 fd)
 {
 	__builtin_memset(e, 0, sizeof(*e));
 	e->kind = kind;
 	e->ts = bpf_ktime_get_boot_ns();
 	e->pid = pid;
-	e->tid = tid_of(task);
+	e->tid = tid;
 	e->fd = fd;
-	if (bpf_core_read_str(e->comm, sizeof(e->comm), &task->comm) < 0)
-		e->comm[0] = 0;
+}
+
+/* What an entry says of itself. */
+static __always_inline void fill_entry(struct vb_event *e, const struct vb_fd *entry)
+{
+	e->opened_at = entry->opened_at;
+	e->ino = entry->ino;
+	e->size = entry->size;
+	e->open_ns = entry->open_ns;
+	e->dev = entry->dev;
+	e->flags = entry->flags;
+	e->own_pid = entry->own_pid;
+	e->mnt_id = entry->mnt_id;
+	__builtin_memcpy(e->comm, entry->comm, sizeof(e->comm));
+}
+
+/*
+ * Tells of an entry, with its file's path; without where that cannot be had.
+ * Like sync_fd(), a global function whose task is an address.
+ */
+__noinline int tell(__u64 address, __u32 pid, __u32 fd, __u32 kind)
+{
+	struct task_struct *task = (struct task_struct *)address;
+	struct vb_fd_key key = { .pid = pid, .fd = fd };
+	struct vb_fd *entry = bpf_map_lookup_elem(&fds, &key);
+	int off, slot = take_scratch();
+	struct scratch *s = NULL;
+	struct super_block *sb;
+	struct vb_event *e;
+	struct file *file;
+	__u32 start;
+
+	if (slot >= 0)
+		s = bpf_map_lookup_elem(&scratches, &slot);
+	/* Gone again already: who saw that has told, of what user space never had. */
+	if (!entry)
+		goto release;
+	if (!s) {
+		count_loss(VB_LOSS_SCRATCH_BUSY);
+		goto pathless;
+	}
+	file = (struct file *)entry->file;
+	sb = BPF_CORE_READ(file, f_inode, i_sb);
+	off = walk_path(s, slot, file, sb);
+	if (off < 0 || off >= VB_PATH_MAX) {
+		count_loss(VB_LOSS_PATH_UNREADABLE);
+		goto pathless;
+	}
+	e = &s->event;
+	fill_event(e, kind, tid_of(task), pid, fd);
+	fill_entry(e, entry);
+	/* The record starts on 8 bytes; the path begins up to 7 bytes behind. */
+	start = off & (VB_PATH_MAX - 8);
+	e->path_off = sizeof(*e) + off - start;
+	e->path_len = VB_PATH_MAX - off;
+	if (bpf_probe_read_kernel(&s->record[start], sizeof(*e), e)) {
+		count_loss(VB_LOSS_PATH_UNREADABLE);
+		goto pathless;
+	}
+	if (bpf_ringbuf_output(&events, &s->record[start], sizeof(*e) + VB_PATH_MAX - start, 0))
+		count_loss(VB_LOSS_RING_FULL);
+	else
+		count_event();
+	goto release;
+pathless:
+	e = reserve();
+	if (e) {
+		fill_event(e, kind, tid_of(task), pid, fd);
+		fill_entry(e, entry);
+		submit(e);
+	}
+release:
+	if (s)
+		__sync_lock_test_and_set(&s->busy, 0);
+	return 0;
 }
 
 /* Has user space reconcile a process, or VB_MARK_ALL. */
 __noinline int mark(__u32 pid, __u32 why)
 {
-	struct vb_event e;
+	struct vb_event *e;
 	long err;
 
 	/* One that is still there will be looked at later than now. */
@@ -226,10 +277,11 @@ __noinline int mark(__u32 pid, __u32 why)
 		count_loss(VB_LOSS_MARKS_FULL);
 		return 0;
 	}
-	__builtin_memset(&e, 0, sizeof(e));
-	e.kind = VB_EVENT_MARK;
-	e.pid = pid;
-	send(&e, sizeof(e));
+	e = reserve();
+	if (e) {
+		fill_event(e, VB_EVENT_MARK, pid, pid, 0);
+		submit(e);
+	}
 	return 0;
 }
 
@@ -240,8 +292,11 @@ static __always_inline void lose(enum vb_loss cause)
 	mark(VB_MARK_ALL, VB_MARK_FOUND);
 }
 
-/* Notes that a process has a tracked descriptor, or something else, for good. */
-static __always_inline struct vb_proc *note_proc(__u32 pid, __u64 flags)
+/*
+ * Notes that a process has a tracked descriptor, or something else, for good.
+ * Returns whether there was room for that.
+ */
+__noinline int note_proc(__u32 pid, __u64 flags)
 {
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
 	struct vb_proc new = { .flags = flags };
@@ -251,11 +306,13 @@ static __always_inline struct vb_proc *note_proc(__u32 pid, __u64 flags)
 		bpf_map_update_elem(&procs, &pid, &new, BPF_NOEXIST);
 		proc = bpf_map_lookup_elem(&procs, &pid);
 	}
-	if (!proc)
+	if (!proc) {
 		lose(VB_LOSS_PROCS_FULL);
-	else if ((proc->flags & flags) != flags)
+		return 0;
+	}
+	if ((proc->flags & flags) != flags)
 		__sync_fetch_and_or(&proc->flags, flags);
-	return proc;
+	return 1;
 }
 
 /*
@@ -291,37 +348,34 @@ static __always_inline __u32 tracked_table(void)
 	return table_id(bpf_get_current_task(), tgid);
 }
 
-/* Notes that others share a process's table, and has them found unless they are. */
-static __always_inline void note_shared(__u32 pid)
+/* After an entry came or went, or was replaced. */
+__noinline int count_entry(__u32 pid, __s64 change)
 {
 	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &pid);
 
-	if ((!proc || !(proc->flags & VB_PROC_SHARED)) && note_proc(pid, VB_PROC_SHARED))
-		mark(pid, VB_MARK_SHARED);
-}
-
-/* After an entry came, went, or with no change was replaced. */
-static __always_inline void count_entry(const struct vb_fd_key *key, __s64 change)
-{
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &key->pid);
-
 	if (!proc)
-		return;
+		return 0;
 	__sync_fetch_and_add(&proc->entries, change);
 	if (proc->flags & VB_PROC_SHARED)
-		mark(key->pid, VB_MARK_SHARED);
+		mark(pid, VB_MARK_SHARED);
+	return 0;
 }
 
-static __always_inline void send_close(struct task_struct *task, const struct vb_fd_key *key,
-				       __u64 opened_at, __u64 ino, __u32 dev)
+/* Tells that an entry is gone. Global, for the stack's sake, as agree() is. */
+__noinline int tell_close(__u64 opened_at, __u64 ino, __u32 dev, __u32 pid, __u32 fd)
 {
-	struct vb_event e;
+	struct vb_event *e = reserve();
+	bool own = current_tgid() == pid;
 
-	fill_event(&e, VB_EVENT_CLOSE, task, key->pid, key->fd);
-	e.opened_at = opened_at;
-	e.ino = ino;
-	e.dev = dev;
-	send(&e, sizeof(e));
+	if (!e)
+		return 0;
+	/* Whose call it was; not the one that reconciles. */
+	fill_event(e, VB_EVENT_CLOSE, own ? current_tid() : pid, pid, fd);
+	e->opened_at = opened_at;
+	e->ino = ino;
+	e->dev = dev;
+	submit(e);
+	return 0;
 }
 
 /*
@@ -344,75 +398,58 @@ static __always_inline __u32 mount_of(struct file *file)
 			     mnt_id);
 }
 
-static __always_inline void track(struct task_struct *task, const struct vb_fd_key *key,
-				  struct file *file, struct super_block *sb, __u32 dev,
-				  __u32 kind, __u64 open_ns)
+/* Returns whether user space is to be told. */
+static __always_inline bool track(struct task_struct *task, const struct vb_fd_key *key,
+				  struct file *file, __u32 dev, __u32 kind, __u64 open_ns)
 {
 	struct vb_fd entry = {}, *old;
-	struct vb_event e;
 	struct inode *inode;
 	long err;
 
+	/*
+	 * First the process: from then on its closes are looked at. Of what is
+	 * known, too: a pid that was given away again may have lost its mark.
+	 */
+	if (!note_proc(key->pid, 0))
+		return false;
 	inode = BPF_CORE_READ(file, f_inode);
 	old = bpf_map_lookup_elem(&fds, key);
-	if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev)) {
-		if (!(kind & VB_SYNC_RESEND))
-			return;
-		open_ns = old->open_ns;
-	} else {
-		kind &= ~VB_SYNC_RESEND;
-	}
-	fill_event(&e, kind & VB_SYNC_KIND, task, key->pid, key->fd);
-	e.opened_at = kind & VB_SYNC_RESEND ? old->opened_at : e.ts;
-	e.ino = BPF_CORE_READ(inode, i_ino);
-	e.size = BPF_CORE_READ(inode, i_size);
-	e.flags = BPF_CORE_READ(file, f_flags);
-	e.dev = dev;
-	e.open_ns = open_ns;
-	e.own_pid = own_pid_of(task);
-	e.mnt_id = mount_of(file);
-	if (kind & VB_SYNC_RESEND)
-		goto tell;
-
-	/* First the process: from then on its closes are looked at. */
-	if (!note_proc(key->pid, 0))
-		return;
-	entry.opened_at = e.opened_at;
+	if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev))
+		return kind & VB_SYNC_RESEND;
+	entry.opened_at = bpf_ktime_get_boot_ns();
 	entry.file = (__u64)file;
-	entry.ino = e.ino;
-	entry.size = e.size;
+	entry.ino = BPF_CORE_READ(inode, i_ino);
+	entry.size = BPF_CORE_READ(inode, i_size);
 	entry.open_ns = open_ns;
 	entry.dev = dev;
-	entry.flags = e.flags;
-	entry.own_pid = e.own_pid;
-	entry.mnt_id = e.mnt_id;
-	__builtin_memcpy(entry.comm, e.comm, sizeof(entry.comm));
+	entry.flags = BPF_CORE_READ(file, f_flags);
+	entry.own_pid = own_pid_of((__u64)task);
+	entry.mnt_id = mount_of(file);
+	if (bpf_core_read_str(entry.comm, sizeof(entry.comm), &task->comm) < 0)
+		entry.comm[0] = 0;
 
 	err = bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
 	if (err == -EEXIST) {
 		/* Of a close that was not seen, or by a thread that was faster. */
 		old = bpf_map_lookup_elem(&fds, key);
 		if (!(kind & VB_SYNC_NEW) && is_of(old, file, inode, dev))
-			return;
+			return false;
 		if (old)
-			send_close(task, key, old->opened_at, old->ino, old->dev);
+			tell_close(old->opened_at, old->ino, old->dev, key->pid, key->fd);
 		err = bpf_map_update_elem(&fds, key, &entry, BPF_EXIST);
 		/* Gone meanwhile: who looks at it next puts it right. */
 		if (err == -ENOENT)
-			return;
-		count_entry(key, 0);
+			return false;
+		count_entry(key->pid, 0);
 	} else if (!err) {
-		count_entry(key, 1);
+		count_entry(key->pid, 1);
 	}
-	if (err) {
+	if (err)
 		lose(VB_LOSS_FDS_FULL);
-		return;
-	}
-tell:
-	send_with_path(&e, file, sb);
+	return !err;
 }
 
-static __always_inline void untrack(struct task_struct *task, const struct vb_fd_key *key)
+static __always_inline void untrack(const struct vb_fd_key *key)
 {
 	struct vb_fd *entry = bpf_map_lookup_elem(&fds, key);
 	__u64 opened_at, ino;
@@ -426,13 +463,30 @@ static __always_inline void untrack(struct task_struct *task, const struct vb_fd
 	/* Gone already: another thread was faster, and has told. */
 	if (bpf_map_delete_elem(&fds, key))
 		return;
-	count_entry(key, -1);
-	send_close(task, key, opened_at, ino, dev);
+	count_entry(key->pid, -1);
+	tell_close(opened_at, ino, dev, key->pid, key->fd);
 }
 
+/* fd_file() and tracked_sb() as global functions, for the stack's sake. */
+__noinline __u64 file_of(__u64 files, __u32 fd)
+{
+	return (__u64)fd_file((struct files_struct *)files, fd);
+}
+
+/* The device of a file that counts as tracked, or 0, which no FUSE mount has. */
+__noinline __u32 tracked_dev(__u64 file)
+{
+	__u32 dev = 0;
+
+	return tracked_sb((struct file *)file, &dev) ? dev : 0;
+}
+
+/* What agree() did: */
+#define AGREE_TRACKED 1 /* the descriptor is tracked now */
+#define AGREE_TELL 2    /* user space is to be told */
+
 /*
- * Makes the entry of a descriptor agree with its table, after a call that made
- * or ended it, or for reconciliation. Returns whether it is tracked now.
+ * Makes the entry of a descriptor agree with its table.
  *
  * Two threads can race: A closes the descriptor and reads NULL here, B opens
  * the same number and inserts, A deletes B's entry. So: write, read again,
@@ -440,32 +494,51 @@ static __always_inline void untrack(struct task_struct *task, const struct vb_fd
  *
  * A global function, verified once by itself; the task is an address.
  */
-__noinline int sync_fd(__u64 address, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
+__noinline int agree(__u64 task, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
 {
-	struct task_struct *task = (struct task_struct *)address;
-	struct files_struct *files = BPF_CORE_READ(task, files);
+	__u64 files = (__u64)BPF_CORE_READ((struct task_struct *)task, files);
 	struct vb_fd_key key = { .pid = pid, .fd = fd };
-	struct file *file = fd_file(files, fd), *now;
+	__u64 file = file_of(files, fd), now;
+	int done = 0;
 
+	/* Not unrolled, for the stack's sake. */
+#pragma clang loop unroll(disable)
 	for (int i = 0; i < SYNC_TRIES; i++) {
-		struct super_block *sb;
-		__u32 dev = 0;
+		__u32 dev = tracked_dev(file);
 
-		sb = tracked_sb(file, &dev);
-		if (sb)
-			track(task, &key, file, sb, dev, kind, open_ns);
-		else
-			untrack(task, &key);
-		now = fd_file(files, fd);
+		if (!dev) {
+			untrack(&key);
+			done = 0;
+		} else {
+			done |= AGREE_TRACKED;
+			if (track((struct task_struct *)task, &key, (struct file *)file, dev, kind,
+				  open_ns))
+				done |= AGREE_TELL;
+		}
+		now = file_of(files, fd);
 		if (now == file)
-			return sb != NULL;
+			return done;
 		file = now;
 		kind = VB_EVENT_ADOPT;
 		open_ns = 0;
 	}
 	count_loss(VB_LOSS_UNSTABLE);
 	mark(pid, VB_MARK_FOUND);
-	return 0;
+	return done;
+}
+
+/*
+ * After a call that made or ended a descriptor, or for reconciliation: makes
+ * its entry agree with its table and tells of it. Returns whether it is tracked.
+ */
+static __always_inline bool sync_fd(__u64 task, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
+{
+	int done = agree(task, pid, fd, kind, open_ns);
+
+	/* One after the other: together they would not fit on the stack. */
+	if (done & AGREE_TELL)
+		tell(task, pid, fd, kind & VB_SYNC_KIND);
+	return done & AGREE_TRACKED;
 }
 
 /* A part of a table to go through. */

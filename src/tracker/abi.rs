@@ -47,6 +47,8 @@ const MARK_URING: u32 = 4;
 pub(super) const MARK_ALL: u32 = 0;
 /// `VB_SYNC_RESEND`.
 const SYNC_RESEND: u64 = 0x200;
+/// `VB_SYNC_SHARED`.
+const SYNC_SHARED: u64 = 0x400;
 /// `VB_RECONCILE_DONE` and those below it.
 const RECONCILE_DONE: u32 = 0xffff_ffff;
 const RECONCILE_GONE: u32 = 0xffff_fffe;
@@ -233,10 +235,13 @@ pub(super) fn reconcile(
     resend: bool,
     sharing: Option<u32>,
 ) -> libbpf_rs::Result<Reconciled> {
+    let flag = |set, flag| if set { flag } else { 0 };
     let arguments = vb_reconcile {
         pid: pid.into(),
         from: from.into(),
-        kind: u64::from(mark.event()) | if resend { SYNC_RESEND } else { 0 },
+        kind: u64::from(mark.event())
+            | flag(resend, SYNC_RESEND)
+            | flag(mark == Mark::Shared, SYNC_SHARED),
         other: sharing.unwrap_or(0).into(),
     };
     let mut context = bytes(&arguments).to_vec();
@@ -403,7 +408,11 @@ mod tests {
                 "{name}"
             );
         }
-        for (name, expected) in [("VB_SYNC_RESEND", SYNC_RESEND), ("VB_MARK_ALL", 0)] {
+        for (name, expected) in [
+            ("VB_SYNC_RESEND", SYNC_RESEND),
+            ("VB_SYNC_SHARED", SYNC_SHARED),
+            ("VB_MARK_ALL", 0),
+        ] {
             let value = if expected == 0 {
                 "0".into()
             } else {

@@ -143,15 +143,6 @@ pub(super) fn processes() -> io::Result<Vec<u32>> {
         .collect())
 }
 
-/// Every thread of the process that a thread is of; none where it is gone.
-pub(super) fn threads(tid: u32) -> Vec<u32> {
-    let entries = fs::read_dir(format!("/proc/{tid}/task"));
-    let names = entries.into_iter().flatten().flatten();
-    names
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
-}
-
 /// The folder that pins go to, as an absolute path on a BPF file system, which
 /// is mounted at its usual place where it is missing.
 pub(super) fn pin_folder(dir: &Path) -> Result<PathBuf, TrackerError> {

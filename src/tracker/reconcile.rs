@@ -95,7 +95,7 @@ impl<'a> Reconciler<'a> {
         }
         if self.due.is_some_and(|due| due <= now) {
             self.due = None;
-            self.busy(state, Self::settle_marks)?;
+            self.busy(state, |this, state| this.settle_marks(state, false))?;
         }
         if self.heal_due.is_some_and(|due| due <= now) {
             self.heal_due = None;
@@ -110,7 +110,7 @@ impl<'a> Reconciler<'a> {
             if !this.sweep(state, false)? {
                 state.shared.note_reconcile_failed(&mut state.published);
             }
-            this.settle_marks(state)
+            this.settle_marks(state, false)
         })
     }
 
@@ -128,8 +128,9 @@ impl<'a> Reconciler<'a> {
         result
     }
 
-    /// Reconciles the marked processes, and those that are marked by that.
-    fn settle_marks(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
+    /// Reconciles the marked processes, and those that are marked by that; with
+    /// `resend` the kernel tells of every descriptor again.
+    fn settle_marks(&mut self, state: &mut State<'_>, resend: bool) -> Result<(), TrackerError> {
         for _ in 0..ROUNDS_MAX {
             self.source.drain(state);
             state.marked = false;
@@ -140,7 +141,8 @@ impl<'a> Reconciler<'a> {
             if self.marks_are_empty() {
                 break;
             }
-            for key in self.marks.keys().collect::<Vec<_>>() {
+            let keys: Vec<Vec<u8>> = self.marks.keys().collect();
+            for key in keys {
                 if key == abi::MARK_ALL.to_ne_bytes() {
                     // It stays until then: `dump-map` waits for it.
                     self.heal_due
@@ -154,7 +156,7 @@ impl<'a> Reconciler<'a> {
                     continue;
                 };
                 let mark = why.map_or(Mark::Found, |bytes| Mark::decode(&bytes));
-                self.one(state, pid, mark, false, None)?;
+                self.one(state, pid, mark, resend, None)?;
                 if mark == Mark::Shared {
                     self.sharers(state, pid)?;
                 }
@@ -179,7 +181,8 @@ impl<'a> Reconciler<'a> {
         // First: what gets lost from now on is for the next time.
         let _ = self.marks.delete(&abi::MARK_ALL.to_ne_bytes());
         let mut exact = self.sweep(state, true)?;
-        self.settle_marks(state)?;
+        // Threads with tables of their own are marked by that.
+        self.settle_marks(state, true)?;
         let now = SystemTime::now();
         let keys = state.write_table().keys(0..=u32::MAX);
         for key in keys {
@@ -229,13 +232,6 @@ impl<'a> Reconciler<'a> {
         let Ok(all) = host::processes() else {
             state.shared.note_reconcile_failed(&mut state.published);
             return Ok(());
-        };
-        // A thread with a table apart from its process's shares it with others of
-        // that process at most.
-        let all = if all.contains(&pid) {
-            all
-        } else {
-            host::threads(pid)
         };
         for other in all.into_iter().filter(|other| *other != pid) {
             self.one(state, other, Mark::Found, false, Some(pid))?;

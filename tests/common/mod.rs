@@ -184,9 +184,14 @@ impl Tracking {
 
     /// The next line; `None` at the end.
     pub fn next(&mut self) -> Option<Value> {
+        let line = self.next_line()?;
+        Some(serde_json::from_str(&line).expect("a line of JSON"))
+    }
+
+    /// The next line as it is; `None` at the end.
+    pub fn next_line(&mut self) -> Option<String> {
         let mut line = String::new();
-        (self.lines.read_line(&mut line).unwrap() > 0)
-            .then(|| serde_json::from_str(&line).expect("a line of JSON"))
+        (self.lines.read_line(&mut line).unwrap() > 0).then_some(line)
     }
 
     /// Skips lines up to one for which `wanted` holds.
