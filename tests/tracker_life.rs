@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use common::fds::{Halted, Open, dumped, end, lost, told, truth};
 use common::{
-    PATIENCE, Tracking, Worker, content, eventually, need_root, put, rclones, rig, rig_of,
+    Tracking, Worker, content, eventually, need_root, patience, put, rclones, rig, rig_of,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::dup2_stdin;
@@ -144,7 +144,7 @@ fn threads_that_race_for_numbers_leave_the_table_right() {
     assert_eq!(tracking.dump()["entries"], json!([]));
     let lines = tracking.end(Signal::SIGTERM);
     let events = told(&lines, pid);
-    assert!(events.len() > 1000, "{} events are no race", events.len());
+    assert!(events.len() > 200, "{} events are no race", events.len());
     if lost(lines.last().unwrap()).is_empty() {
         // The exit has closed what was open at the last look.
         let (before, at_exit) = events.split_at(events.len() - open.len());
@@ -412,7 +412,7 @@ fn events_that_find_no_room_are_counted_and_made_good() {
 fn next_change(updates: &Subscription, fd: u32) -> (EventKind, Option<PathBuf>) {
     loop {
         // The reader opens descriptors of its own.
-        if let Update::Fd(event) = updates.recv_timeout(PATIENCE).expect("an update")
+        if let Update::Fd(event) = updates.recv_timeout(patience()).expect("an update")
             && (event.fd.pid, event.fd.fd) == (std::process::id(), fd)
         {
             return (event.kind, event.fd.path.clone());

@@ -21,6 +21,12 @@ use vmafx_bypass::rig::{Rig, RigOptions};
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// The same, or TEST_PATIENCE, seconds, where all is slow: `make test-vm`.
+pub fn patience() -> Duration {
+    let set = std::env::var("TEST_PATIENCE");
+    set.map_or(PATIENCE, |text| Duration::from_secs(text.parse().unwrap()))
+}
+
 /// Fails where the test does not run as root: it must not pass by skipping.
 pub fn need_root() {
     assert!(
@@ -105,7 +111,7 @@ pub fn assert_fails(output: &Output, code: i32, message: &str) {
 
 /// Waits until `is_so`; fails with `what` after a while.
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while !is_so() {
         assert!(Instant::now() < deadline, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(20));

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Boots Debian's kernels under QEMU and runs tests in them: the rows of
+matrix.toml, all of them or those that are named. Ends with 1 where a kernel
+cannot be had, a guest does not come to its end, or a step fails.
+
+    scripts/vm/run.py [--keep] [KERNEL ...]
+
+--keep leaves consoles and initramfs in target/vm/guests. KVM is not used.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+
+sys.dont_write_bytecode = True
+import image  # noqa: E402
+import kernels  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(os.path.dirname(HERE))
+TARGET = os.path.abspath(os.environ.get("CARGO_TARGET_DIR", f"{REPO}/target"))
+VM = f"{TARGET}/vm"
+RCLONE_NEW = f"{TARGET}/rclone-new/rclone"
+# Of a console, what is shown where a guest did not end.
+TAIL = 40
+
+
+def say(text):
+    print(f"vm: {text}", flush=True)
+
+
+def build_root(matrix, archive):
+    """The initramfs that all guests share."""
+    rows = matrix["kernel"]
+    names = {name for row in rows for name in row.get("each_mode", []) + row.get("tests", [])}
+    built = image.built_tests(sorted(names))
+    folder = f"{VM}/root"
+    shutil.rmtree(folder, ignore_errors=True)
+    root = image.Root(folder)
+    for path in built.values():
+        root.program(path, strip=True)
+    root.program(RCLONE_NEW)
+    for package in matrix["guest"]["packages"]:
+        root.package(package)
+    root.python()
+    root.file("/bin/busybox")
+    for path in ["/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/fuse.conf"]:
+        root.file(path)
+    os.makedirs(root.folder + REPO, exist_ok=True)
+    os.symlink("/proc/self/mounts", f"{folder}/etc/mtab")
+    shutil.copy(f"{HERE}/init", f"{folder}/init")
+    os.makedirs(f"{folder}/vm")
+    for name in ["guest.py", "case.sh"]:
+        shutil.copy(f"{HERE}/{name}", f"{folder}/vm/{name}")
+    root.pack(archive)
+    shutil.rmtree(folder)
+    return built
+
+
+def steps_of(kernel, matrix, built):
+    """What a guest is to run, in order, and what is expected of each."""
+    guest = matrix["guest"]
+    env = {"TEST_PATIENCE": str(guest["patience"])}
+    if kernel.get("both_rclones"):
+        env["RCLONE_NEW"] = RCLONE_NEW
+
+    def step(name, command, expect, **more):
+        return {"name": name, "command": command, "cwd": REPO, "env": {**env, **more},
+                "expect": expect, "seconds": guest["step_seconds"]}
+
+    def test(name, mode):
+        command = [built[name], "--exact"]
+        for skip in matrix["skip"]:
+            if kernel["name"] in skip["kernels"] and mode in skip.get("modes", [mode]):
+                command += [word for skipped in skip["tests"] for word in ["--skip", skipped]]
+        if mode:
+            return step(f"{name}, {mode}", command, {"exit": 0}, TEST_ATTACH=mode)
+        return step(name, command, {"exit": 0})
+
+    steps = []
+    if script := kernel.get("prepare"):
+        steps.append(step("prepare", ["sh", "-ec", script], {"exit": 0}))
+    for case in matrix["case"]:
+        if kernel["name"] in case["kernels"]:
+            for mode, expect in case["expect"].items():
+                command = ["sh", "/vm/case.sh", built["vmafx-bypass"], mode, case["script"]]
+                steps.append(step(f"{case['name']}, {mode}", command, expect))
+    modes = kernel.get("attach", [None])
+    for mode in modes:
+        names = kernel.get("each_mode", [])
+        if mode == modes[0]:
+            names = names + kernel.get("tests", [])
+        steps += [test(name, mode) for name in names]
+    return steps
+
+
+def boot(kernel, found, matrix, steps, root, folder):
+    """Runs a guest to its end: its results by line, and what was wrong, if so."""
+    shutil.rmtree(folder, ignore_errors=True)
+    found.unpack_modules(matrix["guest"]["modules"], f"{folder}/own/vm/modules")
+    with open(f"{folder}/own/vm/steps.json", "w") as f:
+        json.dump(steps, f)
+    initramfs, console, port = (f"{folder}/{n}" for n in ["initramfs", "console", "results"])
+    shutil.copy(root, initramfs)
+    image.pack_folder(f"{folder}/own", initramfs)
+    for name in [console, port]:
+        # Where QEMU does not start, there is nothing in them.
+        open(name, "w").close()
+    guest = matrix["guest"]
+    command = [
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", guest["cpu"],
+        "-smp", str(guest["processors"]), "-m", guest["memory"],
+        "-nodefaults", "-no-reboot", "-display", "none",
+        "-serial", f"file:{console}", "-serial", f"file:{port}",
+        "-kernel", found.image, "-initrd", initramfs,
+        "-append", f"console=ttyS0 {guest['append']} {kernel.get('append', '')}",
+    ]
+    problem = None
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as qemu:
+        try:
+            if code := qemu.wait(timeout=guest["guest_seconds"]):
+                problem = f"QEMU ended with {code}"
+        except subprocess.TimeoutExpired:
+            problem = f"the guest did not end within {guest['guest_seconds']} s"
+        finally:
+            qemu.kill()
+    with open(port, errors="replace") as f:
+        lines = f.read().split("\n")[:-1]
+    return [json.loads(line) for line in lines], problem
+
+
+def is_expected(result, expect):
+    """Whether a step ended as it should, with one line that says why if so told."""
+    if result["code"] != expect["exit"]:
+        return False
+    message = expect.get("message")
+    output = result["output"].strip()
+    return message is None or (message in output and "\n" not in output)
+
+
+def judge(lines, steps):
+    """What failed: steps, with what they printed, and that not all of them ran."""
+    results = [line for line in lines if "step" in line]
+    failed = []
+    for step, result in zip(steps, results):
+        good = is_expected(result, step["expect"])
+        say(f"  {'ok    ' if good else 'FAILED'} {step['name']} ({result['seconds']} s)")
+        if not good:
+            failed.append(f"{step['name']} ended with {result['code']}, expected was "
+                          f"{step['expect']}:\n{result['output']}")
+    if len(results) < len(steps):
+        failed.append(f"the guest ended before or in: {steps[len(results)]['name']}")
+    elif lines[-1] != {"ended": True}:
+        failed.append("the guest ended after its last step")
+    return failed
+
+
+def run_row(kernel, matrix, built, root, keep):
+    """Whether all of a row is good."""
+    before = time.monotonic()
+    store = f"{VM}/kernels/{kernel['suite']}"
+    try:
+        kernels.fetch(store, kernel["suite"], kernel["package"])
+        found = kernels.Kernel(store)
+    except kernels.Missing as missing:
+        say(f"{kernel['name']}: FAILED: {missing}")
+        return False
+    folder = f"{VM}/guests/{kernel['name']}"
+    steps = steps_of(kernel, matrix, built)
+    say(f"{kernel['name']}: {found.version} of {kernel['suite']}")
+    for skip in matrix["skip"]:
+        if kernel["name"] in skip["kernels"]:
+            modes = f" ({', '.join(skip['modes'])})" if "modes" in skip else ""
+            say(f"  without {', '.join(skip['tests'])}{modes}: {skip['reason']}")
+    lines, problem = boot(kernel, found, matrix, steps, root, folder)
+    failed = judge(lines, steps)
+    if problem:
+        failed.append(problem)
+    for text in failed:
+        say(f"{kernel['name']}: {text}")
+    if lines[-1:] != [{"ended": True}]:
+        with open(f"{folder}/console", errors="replace") as f:
+            say("the console's end:\n" + "".join(f.readlines()[-TAIL:]))
+    say(f"{kernel['name']}: {'FAILED' if failed else 'ok'}, {time.monotonic() - before:.0f} s")
+    if not keep:
+        shutil.rmtree(folder)
+    return not failed
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("kernels", nargs="*")
+    arguments = parser.parse_args()
+    with open(f"{HERE}/matrix.toml", "rb") as f:
+        matrix = tomllib.load(f)
+    rows = matrix["kernel"]
+    names = [row["name"] for row in rows]
+    if unknown := set(arguments.kernels) - set(names):
+        sys.exit(f"vm: no kernel {', '.join(unknown)}; there are {', '.join(names)}")
+    if arguments.kernels:
+        rows = [row for row in rows if row["name"] in arguments.kernels]
+    os.makedirs(VM, exist_ok=True)
+    root = f"{VM}/root.cpio"
+    if os.path.exists(root):
+        os.remove(root)
+    before = time.monotonic()
+    built = build_root(matrix, root)
+    say(f"built the root in {time.monotonic() - before:.0f} s, "
+        f"{os.path.getsize(root) >> 20} MiB")
+    bad = [row["name"] for row in rows
+           if not run_row(row, matrix, built, root, arguments.keep)]
+    if bad:
+        sys.exit(f"vm: FAILED: {', '.join(bad)}")
+    say(f"all good: {', '.join(row['name'] for row in rows)}")
+
+
+main()
