@@ -138,17 +138,18 @@ impl<'a> Reconciler<'a> {
             for pid in pathless {
                 self.one(state, pid, Mark::Found, true, None)?;
             }
-            if self.marks_are_empty() {
+            let mut keys: Vec<Vec<u8>> = self.marks.keys().collect();
+            let count = keys.len();
+            keys.retain(|key| *key != abi::MARK_ALL.to_ne_bytes());
+            if keys.len() < count {
+                // It stays until then: `dump-map` waits for it.
+                let due = Instant::now() + self.heal_delay;
+                self.heal_due.get_or_insert(due);
+            }
+            if keys.is_empty() {
                 break;
             }
-            let keys: Vec<Vec<u8>> = self.marks.keys().collect();
             for key in keys {
-                if key == abi::MARK_ALL.to_ne_bytes() {
-                    // It stays until then: `dump-map` waits for it.
-                    self.heal_due
-                        .get_or_insert(Instant::now() + self.heal_delay);
-                    continue;
-                }
                 let why = self.marks.lookup(&key, MapFlags::ANY).ok().flatten();
                 // First: a mark that comes from now on is a new one.
                 let _ = self.marks.delete(&key);
