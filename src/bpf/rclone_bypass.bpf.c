@@ -233,13 +233,15 @@ int uring_complete(struct bpf_raw_tracepoint_args *ctx)
 SEC("?raw_tp/io_uring_task_work_run")
 int uring_task_work_run(struct bpf_raw_tracepoint_args *ctx)
 {
-	return handle_uring_complete();
+	/* A thread that polls runs none again and again. */
+	return ctx->args[1] ? handle_uring_complete() : 0;
 }
 
 SEC("?raw_tp/io_uring_local_work_run")
 int uring_local_work_run(struct bpf_raw_tracepoint_args *ctx)
 {
-	return handle_uring_complete();
+	/* A thread that polls runs none again and again. */
+	return ctx->args[1] ? handle_uring_complete() : 0;
 }
 
 /* Not attached: user space runs it with a struct vb_reconcile for a context. */

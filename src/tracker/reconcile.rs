@@ -138,7 +138,14 @@ impl<'a> Reconciler<'a> {
             for pid in pathless {
                 self.one(state, pid, Mark::FOUND, true, None)?;
             }
-            let keys: Vec<Vec<u8>> = self.marks.keys().collect();
+            let mut keys: Vec<Vec<u8>> = self.marks.keys().collect();
+            let count = keys.len();
+            keys.retain(|key| *key != abi::MARK_ALL.to_ne_bytes());
+            if keys.len() < count {
+                // It stays until then: `dump-map` waits for it.
+                let due = Instant::now() + self.heal_delay;
+                self.heal_due.get_or_insert(due);
+            }
             if keys.is_empty() {
                 break;
             }
@@ -149,11 +156,6 @@ impl<'a> Reconciler<'a> {
                     continue;
                 };
                 let mark = why.map_or(Mark::FOUND, |bytes| Mark::decode(&bytes));
-                if pid == abi::MARK_ALL {
-                    self.heal_due
-                        .get_or_insert(Instant::now() + self.heal_delay);
-                    continue;
-                }
                 self.one(state, pid, mark, resend, None)?;
                 if mark.is_shared() {
                     self.sharers(state, pid)?;
@@ -167,13 +169,17 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
+    /// Whether no single process is marked.
     fn marks_are_empty(&self) -> bool {
-        self.marks.keys().next().is_none()
+        let all = abi::MARK_ALL.to_ne_bytes();
+        self.marks.keys().all(|key| key == all)
     }
 
     /// Tries to make all losses good: the table is exact if none came meanwhile.
     fn heal(&mut self, state: &mut State<'_>) -> Result<(), TrackerError> {
         let before = state.shared.losses().breaking();
+        // First: what gets lost from now on is for the next time.
+        let _ = self.marks.delete(&abi::MARK_ALL.to_ne_bytes());
         let mut exact = self.sweep(state, true)?;
         // Threads with tables of their own are marked by that.
         self.settle_marks(state, true)?;
