@@ -107,15 +107,17 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	if (!tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
 		return 0;
 	if (same) {
-		walk.pid = table_id((__u64)child, tgid);
+		__u32 pid = table_id((__u64)parent, parents);
+
 		/* The ordinary thread. */
-		if (parents == tgid && walk.pid == tgid)
+		if (parents == tgid && pid == tgid)
 			return 0;
+		walk.pid = parents == tgid ? tid_of(child) : tgid;
 		/*
 		 * CLONE_FILES without CLONE_THREAD: two processes with one table;
 		 * or a thread of one that has not its process's.
 		 */
-		note_proc(table_id((__u64)parent, parents), VB_PROC_SHARED);
+		note_proc(pid, VB_PROC_SHARED);
 		note_proc(walk.pid, VB_PROC_SHARED);
 		if (walk.pid != tgid)
 			note_proc(tgid, VB_PROC_THREADS);
@@ -225,10 +227,10 @@ static __always_inline int handle_uring_complete(void)
 struct threads {
 	__u64 head;
 	__u64 node;
-	__u64 leaders; /* the first thread's table, 0: it has exited */
-	__u64 other;   /* a thread with the process's table where it has */
-	__u32 users;   /* threads with the first thread's table */
-	__u32 apart;   /* 1: there are others. Not a count: the verifier would follow it */
+	__u64 table; /* the process's: its first thread's, or another's if that has exited */
+	__u64 owner; /* that other thread */
+	__u32 users; /* threads with the process's table */
+	__u32 apart; /* 1: there are others. Not a count: the verifier would follow it */
 };
 
 static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
@@ -243,16 +245,19 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 		return 1;
 	threads->node = (__u64)BPF_CORE_READ(task, thread_node.next);
 	files = (__u64)table_of(task);
-	if (!files || files == threads->leaders)
+	if (!files || files == threads->table)
 		return 0;
 	tid = tid_of(task);
-	if (threads->leaders || bpf_map_lookup_elem(&procs, &tid)) {
-		threads->apart = 1;
-		threads->users--;
-		mark(tid, VB_MARK_FOUND);
-	} else {
-		threads->other = (__u64)task;
+	if (!threads->table && !bpf_map_lookup_elem(&procs, &tid)) {
+		threads->table = files;
+		threads->owner = (__u64)task;
+		return 0;
 	}
+	threads->apart = 1;
+	threads->users--;
+	/* For good: without its process's first thread, that is what tells it. */
+	note_proc(tid, 0);
+	mark(tid, VB_MARK_FOUND);
 	return 0;
 }
 
@@ -280,13 +285,13 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 
 		threads.head = (__u64)signal + bpf_core_field_offset(struct signal_struct, thread_head);
 		threads.node = (__u64)BPF_CORE_READ(signal, thread_head.next);
-		threads.leaders = (__u64)files;
+		threads.table = (__u64)files;
 		bpf_for_each_map_elem(&starts, look_at_thread, &threads, 0);
 		if (threads.apart)
 			note_proc(pid, VB_PROC_THREADS);
-		if (!files && threads.other) {
-			task = (struct task_struct *)threads.other;
-			files = table_of(task);
+		if (!files && threads.owner) {
+			task = (struct task_struct *)threads.owner;
+			files = (struct files_struct *)threads.table;
 		}
 	} else if (!process && files == BPF_CORE_READ(task, group_leader, files)) {
 		/* No table of its own any more. */

@@ -1,6 +1,6 @@
 //! The pinned maps: written by the one that tracks, read by `dump-map`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -376,6 +376,13 @@ fn wait_until_settled(pin_dir: &Path, deadline: Instant) -> Result<bool, DumpErr
         }
         std::thread::sleep(PATH_INTERVAL);
     }
+}
+
+/// The processes that the kernel's map has entries of; none where it cannot be
+/// read.
+pub(super) fn tracked_pids(fds: &MapHandle) -> BTreeSet<u32> {
+    let entries = read_fds(fds).unwrap_or_default();
+    entries.into_iter().map(|(key, _)| key.pid).collect()
 }
 
 fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {

@@ -15,7 +15,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, ProgramMut};
 use super::abi::{self, Mark, Reconciled};
 use super::session::Source;
 use super::state::State;
-use super::{TrackerError, failed, host};
+use super::{TrackerError, failed, host, pinned};
 
 /// From a mark to its reconciliation: several marks are one then.
 const MARK_DELAY: Duration = Duration::from_millis(10);
@@ -212,8 +212,9 @@ impl<'a> Reconciler<'a> {
             self.one(state, pid, Mark::FOUND, resend, None)?;
         }
         self.set_sweeping(0)?;
-        // Entries of processes that are gone by now.
-        let known: BTreeSet<u32> = state.write_table().pids();
+        // Entries of processes that are gone by now, ours and the kernel's.
+        let mut known = state.write_table().pids();
+        known.extend(pinned::tracked_pids(&state.fds));
         for pid in known {
             self.one(state, pid, Mark::FOUND, false, None)?;
         }
