@@ -164,8 +164,8 @@ static __always_inline __u32 current_table(void)
 }
 
 /*
- * sync_fd() of the current task. Whoever shares its table is looked at, too: not
- * only when an entry changes, for what one has closed another may have opened.
+ * sync_fd() after a call. Whoever shares the table is looked at, too: not only
+ * when an entry changes, for what one has closed another may have opened.
  */
 static __always_inline void follow_fd(__u64 task, __u32 pid, __u32 fd, __u32 kind, __u64 open_ns)
 {
@@ -389,7 +389,7 @@ static __always_inline void handle_addfd(const struct called *call)
 				return;
 			pid = table_id((__u64)task, tgid);
 			if (!sent)
-				sync_fd((__u64)task, pid, call->ret, VB_EVENT_RECEIVE, 0);
+				follow_fd((__u64)task, pid, call->ret, VB_EVENT_RECEIVE, 0);
 			/* It may have been killed, and be gone already. */
 			if (sent || !table_of(task))
 				mark(pid, VB_MARK_FOUND);

@@ -104,7 +104,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	__u32 parents = tgid_of(parent), tgid = tgid_of(child);
 	struct walk walk = { .task = (__u64)child, .kind = VB_EVENT_INHERIT };
 
-	if (!tgid || (BPF_CORE_READ(child, flags) & PF_KTHREAD))
+	if (!tgid || !table_of(child))
 		return 0;
 	if (same) {
 		__u32 pid = table_id((__u64)parent, parents);
@@ -230,6 +230,7 @@ struct threads {
 	__u64 table; /* the process's: its first thread's, or another's if that has exited */
 	__u64 owner; /* that other thread */
 	__u32 users; /* threads with the process's table */
+	__u32 alone; /* 1: not to be marked */
 	__u32 apart; /* 1: there are others. Not a count: the verifier would follow it */
 };
 
@@ -255,16 +256,18 @@ static long look_at_thread(void *map, const __u32 *index, __u64 *unused,
 	}
 	threads->apart = 1;
 	threads->users--;
+	if (threads->alone)
+		return 0;
 	/* For good: without its process's first thread, that is what tells it. */
 	note_proc(tid, 0);
 	mark(tid, VB_MARK_FOUND);
 	return 0;
 }
 
-static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, __u32 other)
+static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind)
 {
-	struct task_struct *named = (struct task_struct *)find_task(pid), *task = named, *others;
-	struct walk walk = { .pid = pid, .next = from, .kind = kind & ~VB_SYNC_SHARED };
+	struct task_struct *named = (struct task_struct *)find_task(pid), *task = named;
+	struct walk walk = { .pid = pid, .next = from, .kind = kind };
 	struct threads threads = {};
 	struct files_struct *files;
 	struct vb_proc *proc;
@@ -286,6 +289,7 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		threads.head = (__u64)signal + bpf_core_field_offset(struct signal_struct, thread_head);
 		threads.node = (__u64)BPF_CORE_READ(signal, thread_head.next);
 		threads.table = (__u64)files;
+		threads.alone = kind & VB_SYNC_ALONE ? 1 : 0;
 		bpf_for_each_map_elem(&starts, look_at_thread, &threads, 0);
 		if (threads.apart)
 			note_proc(pid, VB_PROC_THREADS);
@@ -297,24 +301,17 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind, _
 		/* No table of its own any more. */
 		goto gone;
 	}
-	if (!files || (BPF_CORE_READ(task, flags) & PF_KTHREAD))
+	if (!files)
 		goto gone;
-	if (other) {
-		others = (struct task_struct *)find_task(other);
-		if (!others || BPF_CORE_READ(others, files) != files)
-			return VB_RECONCILE_OTHER;
-		note_proc(pid, VB_PROC_SHARED);
-	} else if (!from && BPF_CORE_READ(files, count.counter) > (int)threads.users) {
+	if (!from && BPF_CORE_READ(files, count.counter) > (int)threads.users) {
 		/* More users than known: others, or somebody just looks at it. */
 		proc = bpf_map_lookup_elem(&procs, &pid);
 		if (!proc || !(proc->flags & VB_PROC_SHARED)) {
 			note_proc(pid, VB_PROC_SHARED);
+			/* Once more: what others did until now they did not mark. */
 			mark(pid, VB_MARK_SHARED);
 		}
 	}
-	/* A thread's table: its process's threads are the others. */
-	if (!process && (kind & VB_SYNC_SHARED))
-		mark(tgid, VB_MARK_FOUND);
 	walk.task = (__u64)task;
 	walk.last = table_size(files) - 1;
 	walk.ring_limit = ring_limit;

@@ -248,5 +248,5 @@ int uring_local_work_run(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp")
 int reconcile(struct bpf_raw_tracepoint_args *ctx)
 {
-	return handle_reconcile(ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3]);
+	return handle_reconcile(ctx->args[0], ctx->args[1], ctx->args[2]);
 }

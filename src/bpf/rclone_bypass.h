@@ -59,25 +59,22 @@ enum vb_loss {
 /* In place of a pid in `marks`: every process, for something got lost. */
 #define VB_MARK_ALL 0
 
-/* What `reconcile` did; below VB_RECONCILE_AGAIN: call again from this descriptor. */
+/* What `reconcile` did; else: call again from this descriptor. */
 #define VB_RECONCILE_DONE 0xffffffffU
 #define VB_RECONCILE_GONE 0xfffffffeU  /* no such process: nothing is left of it */
-#define VB_RECONCILE_OTHER 0xfffffffdU /* it does not share that table */
-#define VB_RECONCILE_AGAIN 0xfffffffcU
 
 /* The arguments of `reconcile`, its context. */
 struct vb_reconcile {
 	__u64 pid;
 	__u64 from;  /* the first descriptor */
-	__u64 kind;  /* enum vb_event_kind for what is found, | the flags below */
-	__u64 other; /* not 0: only if it shares this one's table */
+	__u64 kind; /* enum vb_event_kind for what is found, | VB_SYNC_ */
 };
 
 /* With a kind, for sync_fd(): */
 #define VB_SYNC_KIND 0xff
 #define VB_SYNC_NEW 0x100    /* a call returned it just now: never the old one */
 #define VB_SYNC_RESEND 0x200 /* tell of it even if it is known */
-#define VB_SYNC_SHARED 0x400 /* reconcile: others that share the table, too */
+#define VB_SYNC_ALONE 0x400  /* reconcile: mark no threads with tables of their own */
 
 struct vb_fd_key {
 	__u32 pid;
@@ -166,7 +163,7 @@ struct vb_proc {
 	__u64 flags;   /* VB_PROC_ */
 };
 
-_Static_assert(sizeof(struct vb_reconcile) == 32, "vb_reconcile");
+_Static_assert(sizeof(struct vb_reconcile) == 24, "vb_reconcile");
 _Static_assert(sizeof(struct vb_fd_key) == 8, "vb_fd_key");
 _Static_assert(sizeof(struct vb_fd) == 72, "vb_fd");
 _Static_assert(sizeof(struct vb_event) == 96, "vb_event");

@@ -11,6 +11,7 @@
 #define PIDTYPE_TGID_INDEX 1
 /* linux/sched.h */
 #define PF_EXITING 0x00000004
+#define PF_IO_WORKER 0x00000010
 #define PF_KTHREAD 0x00200000
 /* lib/xarray.c: at least 4 bits a level */
 #define XA_HEIGHT_MAX 16
@@ -145,11 +146,13 @@ static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd
 /*
  * A task's descriptor table. One that exits keeps it for a while, such as until
  * its memory is freed (from 6.16 on), but its entries were forgotten at the start
- * of that.
+ * of that. One that works for io_uring has that of the thread it works for.
  */
 static __always_inline struct files_struct *table_of(struct task_struct *task)
 {
-	return BPF_CORE_READ(task, flags) & PF_EXITING ? NULL : BPF_CORE_READ(task, files);
+	if (BPF_CORE_READ(task, flags) & (PF_EXITING | PF_IO_WORKER | PF_KTHREAD))
+		return NULL;
+	return BPF_CORE_READ(task, files);
 }
 
 /* Descriptors that a table has room for. */

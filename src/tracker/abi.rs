@@ -24,7 +24,7 @@ mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/rclone_bypass.skel.rs"));
 }
 
-use skeleton::types::{vb_event, vb_path, vb_path_key, vb_reconcile, vb_stats};
+use skeleton::types::{vb_event, vb_path, vb_path_key, vb_proc, vb_reconcile, vb_stats};
 pub(super) use skeleton::types::{vb_fd, vb_fd_key, vb_meta};
 pub(super) use skeleton::{OpenRcloneBypassSkel, RcloneBypassSkel, RcloneBypassSkelBuilder};
 
@@ -42,24 +42,24 @@ const EVENT_MARK: u8 = 8;
 /// `VB_MARK_FORKED` and so on.
 const MARK_FOUND: u32 = 1;
 const MARK_FORKED: u32 = 2;
-const MARK_SHARED: u32 = 4;
 const MARK_URING: u32 = 8;
 /// `VB_MARK_ALL`.
 pub(super) const MARK_ALL: u32 = 0;
-/// `VB_SYNC_RESEND`.
+/// `VB_PROC_SHARED`.
+const PROC_SHARED: u64 = 2;
+/// `VB_SYNC_RESEND` and `VB_SYNC_ALONE`.
 const SYNC_RESEND: u64 = 0x200;
-/// `VB_SYNC_SHARED`.
-const SYNC_SHARED: u64 = 0x400;
+const SYNC_ALONE: u64 = 0x400;
 /// `VB_RECONCILE_DONE` and those below it.
 const RECONCILE_DONE: u32 = 0xffff_ffff;
 const RECONCILE_GONE: u32 = 0xffff_fffe;
-const RECONCILE_OTHER: u32 = 0xffff_fffd;
 /// `VB_LOSS_MAX`.
 const KERNEL_LOSSES: usize = 9;
 /// `VB_PATH_CHUNK`.
 const PATH_CHUNK: usize = 240;
 
-const _: () = assert!(size_of::<vb_reconcile>() == 32);
+const _: () = assert!(size_of::<vb_reconcile>() == 24);
+const _: () = assert!(size_of::<vb_proc>() == 16);
 const _: () = assert!(size_of::<vb_fd_key>() == 8);
 const _: () = assert!(size_of::<vb_fd>() == 72);
 const _: () = assert!(size_of::<vb_event>() == 96);
@@ -72,6 +72,8 @@ const _: () = assert!(size_of::<vb_stats>() == 8 * (KERNEL_LOSSES + 1));
 // SAFETY: integers and arrays of them, `repr(C)`, without padding as the size
 // asserts of both sides say: every bit pattern is a value.
 unsafe impl Plain for vb_fd_key {}
+// SAFETY: as above.
+unsafe impl Plain for vb_proc {}
 // SAFETY: as above.
 unsafe impl Plain for vb_reconcile {}
 // SAFETY: as above.
@@ -180,6 +182,18 @@ pub(super) fn comm(raw: &[i8]) -> OsString {
     OsString::from_vec(bytes.collect())
 }
 
+/// The processes, and threads with tables of their own, that share a table with
+/// others, by the `procs` map; none where it cannot be read.
+pub(super) fn sharers(procs: &impl MapCore) -> Vec<u32> {
+    let elements = procs.lookup_batch(procs.max_entries(), MapFlags::ANY, MapFlags::ANY);
+    let shares = |(key, proc): (Vec<u8>, Vec<u8>)| {
+        let proc: vb_proc = value(&proc)?;
+        let pid = u32::from_ne_bytes(key.try_into().ok()?);
+        (proc.flags & PROC_SHARED != 0).then_some(pid)
+    };
+    elements.map_or_else(|_| Vec::new(), |all| all.filter_map(shares).collect())
+}
+
 /// Why a process is to be reconciled; reasons add up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mark(u32);
@@ -188,6 +202,10 @@ impl Mark {
     /// It may have descriptors that no call told of.
     pub(super) const FOUND: Self = Self(MARK_FOUND);
 
+    /// It is none, but shares a table with one that is; its threads are marked
+    /// by themselves.
+    pub(super) const SHARER: Self = Self(0);
+
     /// Decodes a value of the `marks` map.
     pub(super) fn decode(bytes: &[u8]) -> Self {
         bytes
@@ -195,9 +213,8 @@ impl Mark {
             .map_or(Self::FOUND, |bytes| Self(u32::from_ne_bytes(bytes)))
     }
 
-    /// So may the others that share its descriptor table.
-    pub(super) fn is_shared(self) -> bool {
-        self.0 & MARK_SHARED != 0
+    fn is_alone(self) -> bool {
+        self == Self::SHARER
     }
 
     /// What the descriptors that are found are said to be.
@@ -218,21 +235,18 @@ pub(super) enum Reconciled {
     Done,
     /// There is no such process, and nothing left of it.
     Gone,
-    /// It does not share the table that was asked for.
-    Other,
     /// The ring wants to be emptied, or there is more: go on from here.
     From(u32),
 }
 
 /// Runs the `reconcile` program on a process's descriptors, from `from` on; in
 /// the kernel, as this thread. With `resend` it tells of those that are known,
-/// too; with `sharing` only if the process shares the table of that one.
+/// too.
 pub(super) fn reconcile(
     program: &ProgramMut<'_>,
     (pid, from): (u32, u32),
     mark: Mark,
     resend: bool,
-    sharing: Option<u32>,
 ) -> libbpf_rs::Result<Reconciled> {
     let flag = |set, flag| if set { flag } else { 0 };
     let arguments = vb_reconcile {
@@ -240,8 +254,7 @@ pub(super) fn reconcile(
         from: from.into(),
         kind: u64::from(mark.event())
             | flag(resend, SYNC_RESEND)
-            | flag(mark.is_shared(), SYNC_SHARED),
-        other: sharing.unwrap_or(0).into(),
+            | flag(mark.is_alone(), SYNC_ALONE),
     };
     let mut context = bytes(&arguments).to_vec();
     let output = program.test_run(ProgramInput {
@@ -251,7 +264,6 @@ pub(super) fn reconcile(
     Ok(match output.return_value {
         RECONCILE_DONE => Reconciled::Done,
         RECONCILE_GONE => Reconciled::Gone,
-        RECONCILE_OTHER => Reconciled::Other,
         from => Reconciled::From(from),
     })
 }
@@ -378,10 +390,10 @@ mod tests {
             ("VB_ABI_VERSION", VERSION as usize),
             ("VB_PATH_CHUNK", PATH_CHUNK),
             ("VB_COMM_LEN", vb_event::default().comm.len()),
+            ("VB_PROC_SHARED", PROC_SHARED as usize),
             ("VB_MARK_ALL", MARK_ALL as usize),
             ("VB_MARK_FOUND", MARK_FOUND as usize),
             ("VB_MARK_FORKED", MARK_FORKED as usize),
-            ("VB_MARK_SHARED", MARK_SHARED as usize),
             ("VB_MARK_URING", MARK_URING as usize),
         ] {
             let mut lines = header.lines().map(str::split_whitespace);
@@ -404,7 +416,6 @@ mod tests {
         for (name, expected) in [
             ("VB_RECONCILE_DONE", RECONCILE_DONE),
             ("VB_RECONCILE_GONE", RECONCILE_GONE),
-            ("VB_RECONCILE_OTHER", RECONCILE_OTHER),
         ] {
             assert!(
                 header.contains(&format!("#define {name} {expected:#x}U")),

@@ -7,7 +7,7 @@
 //! against programs that race with it, too. /proc only tells which processes
 //! there are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle, ProgramMut};
@@ -37,6 +37,7 @@ const RUNS_MAX: usize = 4_096;
 pub(super) struct Reconciler<'a> {
     pub(super) program: ProgramMut<'a>,
     pub(super) marks: MapHandle,
+    pub(super) procs: MapHandle,
     pub(super) sweeping: MapHandle,
     pub(super) source: Source<'a>,
     /// When to look at the marks.
@@ -52,13 +53,13 @@ pub(super) struct Reconciler<'a> {
 impl<'a> Reconciler<'a> {
     pub(super) fn new(
         program: ProgramMut<'a>,
-        marks: MapHandle,
-        sweeping: MapHandle,
+        [marks, procs, sweeping]: [MapHandle; 3],
         source: Source<'a>,
     ) -> Self {
         Self {
             program,
             marks,
+            procs,
             sweeping,
             source,
             due: None,
@@ -136,7 +137,7 @@ impl<'a> Reconciler<'a> {
             state.marked = false;
             let pathless: BTreeSet<u32> = state.pathless.drain(..).collect();
             for pid in pathless {
-                self.one(state, pid, Mark::FOUND, true, None)?;
+                self.one(state, pid, Mark::FOUND, true)?;
             }
             let mut keys: Vec<Vec<u8>> = self.marks.keys().collect();
             let count = keys.len();
@@ -149,17 +150,23 @@ impl<'a> Reconciler<'a> {
             if keys.is_empty() {
                 break;
             }
+            let mut marked = BTreeMap::new();
             for key in keys {
                 // First: a mark that comes from now on is a new one.
                 let why = self.marks.lookup_and_delete(&key).ok().flatten();
-                let Some(pid) = key.try_into().ok().map(u32::from_ne_bytes) else {
-                    continue;
-                };
-                let mark = why.map_or(Mark::FOUND, |bytes| Mark::decode(&bytes));
-                self.one(state, pid, mark, resend, None)?;
-                if mark.is_shared() {
-                    self.sharers(state, pid)?;
+                if let Ok(pid) = key.try_into().map(u32::from_ne_bytes) {
+                    marked.insert(pid, why.map_or(Mark::FOUND, |bytes| Mark::decode(&bytes)));
                 }
+            }
+            // Who shares a table with one of these is not told; there are few.
+            let sharers = abi::sharers(&self.procs);
+            if sharers.iter().any(|pid| marked.contains_key(pid)) {
+                for pid in sharers {
+                    marked.entry(pid).or_insert(Mark::SHARER);
+                }
+            }
+            for (pid, mark) in marked {
+                self.one(state, pid, mark, resend)?;
             }
         }
         if !self.marks_are_empty() {
@@ -209,14 +216,14 @@ impl<'a> Reconciler<'a> {
         let pids = host::processes();
         let complete = pids.is_ok();
         for pid in pids.unwrap_or_default() {
-            self.one(state, pid, Mark::FOUND, resend, None)?;
+            self.one(state, pid, Mark::FOUND, resend)?;
         }
         self.set_sweeping(0)?;
         // Entries of processes that are gone by now, ours and the kernel's.
         let mut known = state.write_table().pids();
         known.extend(pinned::tracked_pids(&state.fds));
         for pid in known {
-            self.one(state, pid, Mark::FOUND, false, None)?;
+            self.one(state, pid, Mark::FOUND, false)?;
         }
         self.source.drain(state);
         Ok(complete)
@@ -228,18 +235,6 @@ impl<'a> Reconciler<'a> {
             .map_err(|e| failed("BPF map", e))
     }
 
-    /// Reconciles the processes that share this one's descriptor table.
-    fn sharers(&mut self, state: &mut State<'_>, pid: u32) -> Result<(), TrackerError> {
-        let Ok(all) = host::processes() else {
-            state.shared.note_reconcile_failed(&mut state.published);
-            return Ok(());
-        };
-        for other in all.into_iter().filter(|other| *other != pid) {
-            self.one(state, other, Mark::FOUND, false, Some(pid))?;
-        }
-        Ok(())
-    }
-
     /// Reconciles one process, or a thread with a table of its own.
     fn one(
         &mut self,
@@ -247,14 +242,12 @@ impl<'a> Reconciler<'a> {
         pid: u32,
         mark: Mark,
         resend: bool,
-        sharing: Option<u32>,
     ) -> Result<(), TrackerError> {
         let mut from = 0;
         for _ in 0..RUNS_MAX {
-            let found = abi::reconcile(&self.program, (pid, from), mark, resend, sharing)
+            let found = abi::reconcile(&self.program, (pid, from), mark, resend)
                 .map_err(|e| failed("reconciling with the kernel", e))?;
             match found {
-                Reconciled::Other => return Ok(()),
                 Reconciled::From(next) => {
                     from = next;
                     self.source.drain(state);

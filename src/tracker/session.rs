@@ -160,7 +160,11 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         marked: false,
         pathless: Vec::new(),
     };
-    let (marks, sweeping) = (handle(&maps.marks)?, handle(&maps.sweeping)?);
+    let reconciled = [
+        handle(&maps.marks)?,
+        handle(&maps.procs)?,
+        handle(&maps.sweeping)?,
+    ];
 
     let records = RefCell::new(Vec::new());
     let mut builder = RingBufferBuilder::new();
@@ -191,7 +195,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
             shared.replaced_pins.store(true, Ordering::Relaxed);
         }
     }
-    let reconciler = Reconciler::new(skeleton.progs.reconcile, marks, sweeping, source);
+    let reconciler = Reconciler::new(skeleton.progs.reconcile, reconciled, source);
     let result = Loop {
         shared,
         commands: setup.commands,

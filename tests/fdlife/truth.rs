@@ -213,10 +213,13 @@ impl Truth {
                 .map(|(key, file)| (*key, file.clone()))
                 .collect();
             let owns = (0..tables.len()).map(Some).chain([None]);
-            let mut ways = owns.map(|own| entries(*pid, tables, own));
-            let first = ways.next().expect("none is one");
-            let fits = first == ours || ways.any(|way| way == ours);
-            table.extend(if fits { ours } else { first });
+            let ways = owns.map(|own| entries(*pid, tables, own));
+            let apart = |way: &Table| {
+                let theirs = way.iter().filter(|(key, file)| ours.get(key) != Some(file));
+                let too_many = ours.keys().filter(|key| !way.contains_key(key));
+                theirs.count() + too_many.count()
+            };
+            table.extend(ways.min_by_key(apart).expect("none is one"));
         }
         let keys = table
             .keys()
