@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(&args, &notes, signals),
         Command::DumpMap(args) => commands::dump_map::run(&args, &notes, signals),
         Command::Read(args) => commands::read::run(&args, &notes, signals),
-        Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args, &notes),
         Command::Explain(args) => commands::explain::run(&args),
         Command::Bench(args) => commands::bench::run(&args, &notes, signals),
         Command::Warm(args) => commands::warm::run(&args, &notes, signals),

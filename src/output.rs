@@ -46,6 +46,13 @@ impl Notes {
             report(message);
         }
     }
+
+    /// Where libbpf's own messages go, by `-v`: the verifier's log among them.
+    #[cfg(feature = "ebpf")]
+    pub fn libbpf_log(&self) -> Option<vmafx_bypass::tracker::Log> {
+        self.verbose
+            .then_some(|_, message| report(message.trim_end()))
+    }
 }
 
 /// Prints on standard error, even with `-q`: summaries and reports.

@@ -187,6 +187,9 @@ fn failed(what: &str, error: impl std::fmt::Display) -> TrackerError {
     TrackerError::Failed(format!("{what}: {error}"))
 }
 
+/// Takes a message of libbpf's.
+pub type Log = fn(libbpf_rs::PrintLevel, String);
+
 /// How to track.
 #[derive(Debug, Clone)]
 pub struct TrackerOptions {
@@ -197,6 +200,9 @@ pub struct TrackerOptions {
     /// How to come to system calls; `None`: as costs the host least, of what
     /// works here.
     pub attach: Option<AttachMode>,
+    /// Takes what libbpf says while it loads and attaches, the verifier's log of a
+    /// program that was refused among it; `None`: nobody.
+    pub log: Option<Log>,
     /// Pin the maps here, on a BPF file system; `None`: no pins, this process only.
     pub pin_dir: Option<PathBuf>,
     /// Descriptors tracked at once, at most.
@@ -221,6 +227,7 @@ impl Default for TrackerOptions {
             prefixes: Vec::new(),
             allow_missing: false,
             attach: None,
+            log: None,
             pin_dir: None,
             max_fds: 65_536,
             ring_bytes: 4 << 20,

@@ -220,4 +220,5 @@ def main():
     say(f"all good: {', '.join(row['name'] for row in rows)}")
 
 
-main()
+if __name__ == "__main__":
+    main()

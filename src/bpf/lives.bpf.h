@@ -68,6 +68,7 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 	struct walk walk = { .pid = pid };
 	struct files_struct *files;
 	struct vb_event *e;
+	__u32 tid;
 
 	if (!proc)
 		return 0;
@@ -80,9 +81,10 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 		drop_from(pid, 0);
 	if (ended)
 		bpf_map_delete_elem(&procs, &pid);
+	tid = task ? tid_of(task) : pid;
 	e = reserve();
 	if (e) {
-		fill_event(e, VB_EVENT_EXIT, task ? tid_of(task) : pid, pid, 0);
+		fill_event(e, VB_EVENT_EXIT, tid, pid, 0);
 		submit(e);
 	}
 	return 0;

@@ -212,6 +212,7 @@ __noinline int tell(__u64 address, __u32 pid, __u32 fd, __u32 kind)
 	struct vb_fd_key key = { .pid = pid, .fd = fd };
 	struct vb_fd *entry = bpf_map_lookup_elem(&fds, &key);
 	int off, slot = take_scratch();
+	__u32 tid = tid_of(task);
 	struct scratch *s = NULL;
 	struct super_block *sb;
 	struct vb_event *e;
@@ -235,7 +236,7 @@ __noinline int tell(__u64 address, __u32 pid, __u32 fd, __u32 kind)
 		goto pathless;
 	}
 	e = &s->event;
-	fill_event(e, kind, tid_of(task), pid, fd);
+	fill_event(e, kind, tid, pid, fd);
 	fill_entry(e, entry);
 	/* The record starts on 8 bytes; the path begins up to 7 bytes behind. */
 	start = off & (VB_PATH_MAX - 8);
@@ -253,7 +254,7 @@ __noinline int tell(__u64 address, __u32 pid, __u32 fd, __u32 kind)
 pathless:
 	e = reserve();
 	if (e) {
-		fill_event(e, kind, tid_of(task), pid, fd);
+		fill_event(e, kind, tid, pid, fd);
 		fill_entry(e, entry);
 		submit(e);
 	}
@@ -377,13 +378,13 @@ __noinline int count_entry(__u32 pid, __s64 change)
 /* Tells that an entry is gone. Global, for the stack's sake, as agree() is. */
 __noinline int tell_close(__u64 opened_at, __u64 ino, __u32 dev, __u32 pid, __u32 fd)
 {
+	/* Whose call it was; not the one that reconciles. */
+	__u32 tid = current_tgid() == pid ? current_tid() : pid;
 	struct vb_event *e = reserve();
-	bool own = current_tgid() == pid;
 
 	if (!e)
 		return 0;
-	/* Whose call it was; not the one that reconciles. */
-	fill_event(e, VB_EVENT_CLOSE, own ? current_tid() : pid, pid, fd);
+	fill_event(e, VB_EVENT_CLOSE, tid, pid, fd);
 	e->opened_at = opened_at;
 	e->ino = ino;
 	e->dev = dev;

@@ -13,7 +13,7 @@ use vmafx_bypass::optin::{self, OptIn};
 
 use crate::cli::{DoctorArgs, Format};
 use crate::exit::Exit;
-use crate::output::{JsonPath, SCHEMA, escape, write_json};
+use crate::output::{JsonPath, Notes, SCHEMA, escape, write_json};
 
 #[derive(Serialize)]
 struct Document {
@@ -51,9 +51,9 @@ struct MountRow {
 }
 
 /// Looks at the host; exit 3 where `run` could not work.
-pub fn run(args: &DoctorArgs) -> Result<Exit> {
+pub fn run(args: &DoctorArgs, notes: &Notes) -> Result<Exit> {
     let table = MountTable::read().context("`/proc/self/mountinfo`")?;
-    let mut checks = host_checks();
+    let mut checks = host_checks(notes);
     checks.push(opted_in());
     checks.extend(args.prefix.iter().map(|prefix| on_rclone(prefix, &table)));
     let mounts: Vec<MountRow> = table
@@ -81,8 +81,8 @@ pub fn run(args: &DoctorArgs) -> Result<Exit> {
 }
 
 #[cfg(feature = "ebpf")]
-fn host_checks() -> Vec<CheckRow> {
-    let checks = vmafx_bypass::tracker::checks().into_iter();
+fn host_checks(notes: &Notes) -> Vec<CheckRow> {
+    let checks = vmafx_bypass::tracker::checks(notes.libbpf_log()).into_iter();
     checks
         .map(|check| CheckRow {
             name: check.name,
@@ -95,7 +95,7 @@ fn host_checks() -> Vec<CheckRow> {
 }
 
 #[cfg(not(feature = "ebpf"))]
-fn host_checks() -> Vec<CheckRow> {
+fn host_checks(_: &Notes) -> Vec<CheckRow> {
     vec![CheckRow {
         name: "tracker",
         pass: false,

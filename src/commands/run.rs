@@ -85,6 +85,7 @@ mod tracking {
             prefixes: args.prefix.clone(),
             allow_missing: args.wait.is_some(),
             attach: mode(args.attach),
+            log: notes.libbpf_log(),
             pin_dir: Some(args.pin_dir.clone()),
             max_fds: args.max_fds,
             ring_bytes: args.ring_size.0 as u32,

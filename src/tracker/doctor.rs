@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::attach::AttachMode;
-use super::{DEFAULT_PIN_DIR, TrackerError, host, session};
+use super::{DEFAULT_PIN_DIR, Log, TrackerError, host, session};
 
 /// One thing that tracking needs, or can do without.
 #[derive(Debug, Clone)]
@@ -20,9 +20,9 @@ pub struct Check {
 
 /// Looks at all of it. To see which ways to attach work, each is loaded and
 /// attached for a moment; file systems that are missing are mounted, as `run`
-/// would.
+/// would. `log` takes what libbpf says of that.
 #[must_use]
-pub fn checks() -> Vec<Check> {
+pub fn checks(log: Option<Log>) -> Vec<Check> {
     let mut checks = vec![
         check("kernel", true, "run Linux 5.15 or newer", host::kernel()),
         check(
@@ -68,7 +68,7 @@ pub fn checks() -> Vec<Check> {
             "needs tracefs and CONFIG_FTRACE_SYSCALLS",
         ),
     ] {
-        let found = session::probe(mode).map(|()| format!("works (--attach {})", mode.name()));
+        let found = session::probe(mode, log).map(|()| format!("works (--attach {})", mode.name()));
         checks.push(check(name, false, remedy, found));
     }
     let mut attaches = checks.iter().filter(|c| c.name.starts_with("attach_"));

@@ -21,7 +21,7 @@ use super::pinned::{Pins, Published};
 use super::reconcile::Reconciler;
 use super::state::State;
 use super::watch::{Prefix, Watch};
-use super::{Command, Shared, TrackerError, TrackerOptions, failed, host};
+use super::{Command, Log, Shared, TrackerError, TrackerOptions, failed, host};
 use crate::mounts::MountTable;
 
 /// Records taken from the ring before commands are looked at again.
@@ -77,8 +77,7 @@ pub(super) fn run(
     }
     let watches = find_watches(&mut prefixes, options.allow_missing)?;
     let pins = options.pin_dir.as_deref().map(Pins::claim).transpose()?;
-    // The caller prints, not libbpf.
-    libbpf_rs::set_print(None);
+    set_log(options.log);
     let mut setup = Setup {
         options,
         shared,
@@ -108,12 +107,17 @@ pub(super) fn run(
 }
 
 /// Whether the programs of a mode load and attach here; detaches them again.
-pub(super) fn probe(mode: AttachMode) -> Result<(), TrackerError> {
-    libbpf_rs::set_print(None);
+pub(super) fn probe(mode: AttachMode, log: Option<Log>) -> Result<(), TrackerError> {
+    set_log(log);
     let mut storage = MaybeUninit::uninit();
     let open = open(&mut storage, &TrackerOptions::default(), mode)?;
     let mut skeleton = open.load().map_err(|e| load_error(mode, &e))?;
     skeleton.attach().map_err(|e| attach_error(mode, &e))
+}
+
+/// The caller prints, not libbpf.
+fn set_log(log: Option<Log>) {
+    libbpf_rs::set_print(log.map(|log| (libbpf_rs::PrintLevel::Warn, log)));
 }
 
 fn open<'obj>(
