@@ -24,11 +24,11 @@ static long drop_entry(void *map, const struct vb_fd_key *key, struct vb_fd *ent
 		       struct drop *drop)
 {
 	struct vb_fd_key own = *key;
-	long err;
+	int err;
 
 	if (own.pid != drop->pid || own.fd < drop->from)
 		return 0;
-	err = bpf_map_delete_elem(map, &own);
+	err = erase(map, &own);
 	if (!err)
 		count_entry(own.pid, -1);
 	else if (err != -ENOENT)
@@ -52,7 +52,7 @@ static long drop_slot(void *map, const __u32 *index, __u64 *unused, struct walk 
 
 	if (walk->next++ > walk->last)
 		return 1;
-	if (!bpf_map_delete_elem(&fds, &key))
+	if (!erase(&fds, &key))
 		count_entry(key.pid, -1);
 	return 0;
 }
@@ -80,7 +80,7 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 	if (proc->entries)
 		drop_from(pid, 0);
 	if (ended)
-		bpf_map_delete_elem(&procs, &pid);
+		erase(&procs, &pid);
 	tid = task ? tid_of(task) : pid;
 	e = reserve();
 	if (e) {

@@ -36,6 +36,20 @@ const volatile __u32 scratch_count = 4;
 const struct vb_event anchor_event = {};
 const struct vb_reconcile anchor_reconcile = {};
 
+/*
+ * Errors of a map's operations are ints: before 6.4 (kernel commit d7ba4cc900bf)
+ * they were returned so, and a long's upper half was not set: -EEXIST was none.
+ */
+static __always_inline int insert(void *map, const void *key, const void *value, __u64 flags)
+{
+	return (int)bpf_map_update_elem(map, key, value, flags);
+}
+
+static __always_inline int erase(void *map, const void *key)
+{
+	return (int)bpf_map_delete_elem(map, key);
+}
+
 static __always_inline void count_loss(enum vb_loss cause)
 {
 	struct vb_stats *s;
@@ -268,13 +282,13 @@ release:
 __noinline int mark(__u32 pid, __u32 why)
 {
 	struct vb_event *e;
-	long err;
+	int err;
 
 	for (int i = 0; i < SYNC_TRIES; i++) {
 		__u32 *marked = bpf_map_lookup_elem(&marks, &pid);
 
 		if (!marked) {
-			err = bpf_map_update_elem(&marks, &pid, &why, BPF_NOEXIST);
+			err = insert(&marks, &pid, &why, BPF_NOEXIST);
 			if (err == -EEXIST)
 				continue;
 			goto new;
@@ -317,7 +331,7 @@ __noinline int note_proc(__u32 pid, __u64 flags)
 
 	if (!proc) {
 		/* Another thread may be faster, which is as well. */
-		bpf_map_update_elem(&procs, &pid, &new, BPF_NOEXIST);
+		insert(&procs, &pid, &new, BPF_NOEXIST);
 		proc = bpf_map_lookup_elem(&procs, &pid);
 	}
 	if (!proc) {
@@ -418,7 +432,7 @@ static __always_inline bool track(struct task_struct *task, const struct vb_fd_k
 {
 	struct vb_fd entry = {}, *old;
 	struct inode *inode;
-	long err;
+	int err;
 
 	/*
 	 * First the process: from then on its closes are looked at. Of what is
@@ -442,7 +456,7 @@ static __always_inline bool track(struct task_struct *task, const struct vb_fd_k
 	if (bpf_core_read_str(entry.comm, sizeof(entry.comm), &task->comm) < 0)
 		entry.comm[0] = 0;
 
-	err = bpf_map_update_elem(&fds, key, &entry, BPF_NOEXIST);
+	err = insert(&fds, key, &entry, BPF_NOEXIST);
 	if (err == -EEXIST) {
 		/* Of a close that was not seen, or by a thread that was faster. */
 		old = bpf_map_lookup_elem(&fds, key);
@@ -450,7 +464,7 @@ static __always_inline bool track(struct task_struct *task, const struct vb_fd_k
 			return false;
 		if (old)
 			tell_close(old->opened_at, old->ino, old->dev, key->pid, key->fd);
-		err = bpf_map_update_elem(&fds, key, &entry, BPF_EXIST);
+		err = insert(&fds, key, &entry, BPF_EXIST);
 		/* Gone meanwhile: who looks at it next puts it right. */
 		if (err == -ENOENT)
 			return false;
@@ -475,7 +489,7 @@ static __always_inline void untrack(const struct vb_fd_key *key)
 	ino = entry->ino;
 	dev = entry->dev;
 	/* Gone already: another thread was faster, and has told. */
-	if (bpf_map_delete_elem(&fds, key))
+	if (erase(&fds, key))
 		return;
 	count_entry(key->pid, -1);
 	tell_close(opened_at, ino, dev, key->pid, key->fd);
