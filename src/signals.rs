@@ -1,7 +1,7 @@
 //! SIGINT and SIGTERM, taken by one thread so that the others can clean up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
@@ -32,14 +32,15 @@ impl Signals {
             .name("vmafx-signals".into())
             .spawn(move || {
                 let Ok(signal) = self.0.wait() else { return };
-                flag.0.store(signal as u8, Ordering::SeqCst);
+                flag.0.signal.store(signal as u8, Ordering::SeqCst);
                 on_signal();
+                let late = flag.clone();
                 std::thread::spawn(move || {
                     std::thread::sleep(GRACE);
-                    std::process::exit(128 + signal as i32);
+                    std::process::exit(late.code(signal));
                 });
                 if let Ok(second) = self.0.wait() {
-                    std::process::exit(128 + second as i32);
+                    std::process::exit(flag.code(second));
                 }
             });
         if spawned.is_err() {
@@ -59,14 +60,37 @@ impl Signals {
 
 /// Whether a signal has come.
 #[derive(Debug, Clone, Default)]
-pub struct Interrupted(Arc<AtomicU8>);
+pub struct Interrupted(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Its number; 0: none has come.
+    signal: AtomicU8,
+    /// Whether the command has told its result.
+    told: AtomicBool,
+}
 
 impl Interrupted {
     /// The exit code that the signal asks for, once it has come.
     pub fn exit(&self) -> Option<Exit> {
-        match self.0.load(Ordering::SeqCst) {
+        match self.0.signal.load(Ordering::SeqCst) {
             0 => None,
             signal => Some(Exit::Signal(signal)),
+        }
+    }
+
+    /// The command has told its result, a good one, and removed what it had made:
+    /// whatever ends it from now on, its exit code is 0.
+    #[cfg(feature = "ebpf")]
+    pub fn note_told(&self) {
+        self.0.told.store(true, Ordering::SeqCst);
+    }
+
+    fn code(&self, signal: Signal) -> i32 {
+        if self.0.told.load(Ordering::SeqCst) {
+            0
+        } else {
+            128 + signal as i32
         }
     }
 }

@@ -126,14 +126,17 @@ mod tracking {
                 let end = tracker.stopper();
                 follow(&updates, args.duration.map(|d| *d), &end, &mut printer)
             });
-        // The tracker's own errors are told by `stop`, and come first.
+        // Before `stop`, where the kernel may take seconds to detach.
         let entries = tracker.entries();
         let (events, losses) = (tracker.events(), tracker.losses());
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         let tracked = entries.len();
-        let stopped = tracker.stop().map_err(coded);
         let summarised = printer.end(events, tracked, complete, &losses);
-        stopped?;
+        if ended.is_ok() && summarised.is_ok() {
+            interrupted.note_told();
+        }
+        // The tracker's own errors come first.
+        tracker.stop().map_err(coded)?;
         ended?;
         summarised?;
         Ok(Exit::Done)

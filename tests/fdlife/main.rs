@@ -225,8 +225,9 @@ fn agree(
 ) -> Result<Duration, String> {
     let mut late: Option<String> = None;
     loop {
-        let lag = since.elapsed();
         let dumped = dump();
+        // As a user has it: with the dump's own time, and what it waits for.
+        let lag = since.elapsed();
         let truth = reader.truth(&family.sessions);
         let table = truth::dumped(&dumped);
         let differences: Vec<Difference> = truth.differences(&table);
