@@ -1,14 +1,15 @@
 //! SIGINT and SIGTERM, taken by one thread so that the others can clean up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::exit::Exit;
 
-/// How long a command may take to clean up before the process ends without.
+/// How long a command that has nothing to show for it may take to clean up before
+/// the process ends without.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Signals that are blocked and wait to be taken.
@@ -36,8 +37,14 @@ impl Signals {
                 on_signal();
                 let late = flag.clone();
                 std::thread::spawn(move || {
-                    std::thread::sleep(GRACE);
-                    std::process::exit(late.code(signal));
+                    let mut before = None;
+                    loop {
+                        let now = late.0.progress.load(Ordering::SeqCst);
+                        if before.replace(now) == Some(now) {
+                            std::process::exit(late.code(signal));
+                        }
+                        std::thread::sleep(GRACE);
+                    }
                 });
                 if let Ok(second) = self.0.wait() {
                     std::process::exit(flag.code(second));
@@ -68,6 +75,8 @@ struct State {
     signal: AtomicU8,
     /// Whether the command has told its result.
     told: AtomicBool,
+    /// Changes while the command still tells something.
+    progress: AtomicU64,
 }
 
 impl Interrupted {
@@ -77,6 +86,12 @@ impl Interrupted {
             0 => None,
             signal => Some(Exit::Signal(signal)),
         }
+    }
+
+    /// The command tells something: it has more time to come to its end.
+    #[cfg(feature = "ebpf")]
+    pub fn note_progress(&self) {
+        self.0.progress.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The command has told its result, a good one, and removed what it had made:

@@ -68,6 +68,7 @@ mod tracking {
     use crate::cli::{Attach, Format, Wait};
     use crate::commands::estimate::{self, Estimator};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
+    use crate::signals::Interrupted;
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         // Signals first: a prefix on a mount that hangs would hang the start.
@@ -124,7 +125,8 @@ mod tracking {
                     wait_for_mount(&updates, *limit, &mut printer)?;
                 }
                 let end = tracker.stopper();
-                follow(&updates, args.duration.map(|d| *d), &end, &mut printer)
+                let duration = args.duration.map(|d| *d);
+                follow(&updates, duration, &end, &interrupted, &mut printer)
             });
         // Before `stop`, where the kernel may take seconds to detach.
         let entries = tracker.entries();
@@ -193,6 +195,7 @@ mod tracking {
         updates: &Subscription,
         duration: Option<Duration>,
         end: &Stopper,
+        interrupted: &Interrupted,
         printer: &mut Printer<'_>,
     ) -> Result<()> {
         // One beyond the clock's range never comes.
@@ -217,7 +220,10 @@ mod tracking {
                 ready => ready,
             };
             match update {
-                Ok(update) => printer.update(&update)?,
+                Ok(update) => {
+                    printer.update(&update)?;
+                    interrupted.note_progress();
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
