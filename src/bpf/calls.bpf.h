@@ -76,9 +76,14 @@ const volatile __u8 compat_calls[CALLS] = {
 #error "no table of system calls for this architecture"
 #endif
 
-/* A system call that returned: what its arguments are read from. */
+/* The registers that the current system call began with. */
+static __always_inline struct pt_regs *own_regs(void)
+{
+	return (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
+}
+
+/* A system call that returned. */
 struct called {
-	struct pt_regs *regs;
 	long ret;
 	bool compat; /* of a 32-bit program */
 };
@@ -86,8 +91,8 @@ struct called {
 /* A call's argument, counted from 0; only the first three are needed. */
 static __always_inline __u64 argument(const struct called *call, int index)
 {
-	/* Apart: struct called itself is not the kernel's, and not relocated. */
-	struct pt_regs *regs = call->regs;
+	/* Not before: most calls' arguments are never asked for. */
+	struct pt_regs *regs = own_regs();
 
 #if defined(__TARGET_ARCH_x86)
 	if (call->compat)
@@ -138,16 +143,9 @@ static __always_inline __u64 open_duration(void)
 static __always_inline struct file *own_file(__u32 fd)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct file **slots, *file = NULL;
-	struct fdtable *fdt;
+	struct fdtable *fdt = task->files->fdt;
 
-	fdt = task->files->fdt;
-	if (fd >= fdt->max_fds)
-		return NULL;
-	slots = fdt->fd;
-	if (bpf_probe_read_kernel(&file, sizeof(file), &slots[fd]))
-		return NULL;
-	return file;
+	return fd < fdt->max_fds ? load_pointer(&fdt->fd[fd]) : NULL;
 }
 
 /* The current task's table, noted if it is a thread's own; 0: not to be seen. */
@@ -197,13 +195,13 @@ static __always_inline void handle_new_fd(__u32 fd, __u32 kind)
 		follow_fd(task, pid, fd, VB_EVENT_ADOPT, 0);
 }
 
-static __always_inline void handle_close(__u32 fd)
+static __always_inline void handle_close(const struct called *call)
 {
 	__u32 pid = tracked_table();
 
 	/* close() frees the descriptor even where it returns an error. */
 	if (pid)
-		follow_fd(bpf_get_current_task(), pid, fd, VB_EVENT_ADOPT, 0);
+		follow_fd(bpf_get_current_task(), pid, argument(call, 0), VB_EVENT_ADOPT, 0);
 }
 
 /* After unshare(2) or the like: threads may have tables of their own now. */
@@ -444,7 +442,7 @@ static __always_inline int handle_exit(enum call kind, const struct called *call
 			handle_new_fd(call->ret, VB_EVENT_RECEIVE);
 		break;
 	case CALL_CLOSE:
-		handle_close(argument(call, 0));
+		handle_close(call);
 		break;
 	case CALL_CLOSE_RANGE:
 		handle_close_range(call);

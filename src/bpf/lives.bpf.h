@@ -80,7 +80,7 @@ __noinline int drop_table(__u64 address, __u32 pid, __u32 ended)
 	if (proc->entries)
 		drop_from(pid, 0);
 	if (ended)
-		erase(&procs, &pid);
+		remove_proc(pid);
 	tid = task ? tid_of(task) : pid;
 	e = reserve();
 	if (e) {
@@ -130,7 +130,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	 * What another thread of the parent has just opened may be in the copy
 	 * before that thread has noted it; without one, the parent is known.
 	 */
-	if (parents && !bpf_map_lookup_elem(&procs, &parents) && threads_of(parent) == 1 &&
+	if (parents && !find_proc(parents) && threads_of(parent) == 1 &&
 	    !is_sweeping())
 		return 0;
 	walk.pid = tgid;
@@ -151,7 +151,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 static __always_inline int handle_exec(struct task_struct *task, __u32 old_tid)
 {
 	__u32 tgid = current_tgid();
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	struct vb_proc *proc = find_proc(tgid);
 	struct walk walk = { .task = (__u64)task, .pid = tgid, .kind = VB_EVENT_ADOPT };
 
 	if (!proc)
@@ -170,7 +170,7 @@ static __always_inline int handle_exec(struct task_struct *task, __u32 old_tid)
 static __always_inline int handle_thread_exit(struct task_struct *task)
 {
 	__u32 tgid = current_tgid(), tid, pid;
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	struct vb_proc *proc = find_proc(tgid);
 	bool last;
 
 	if (!proc)
@@ -218,7 +218,7 @@ static __always_inline int handle_uring_submit(struct io_kiocb *request)
 static __always_inline int handle_uring_complete(void)
 {
 	__u32 tgid = current_tgid();
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	struct vb_proc *proc = find_proc(tgid);
 
 	if (proc && (proc->flags & VB_PROC_URING))
 		mark(tgid, VB_MARK_URING);

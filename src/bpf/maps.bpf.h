@@ -5,6 +5,8 @@
 
 /* Slots of `starts`: a power of two, so that a thread id masks to a slot. */
 #define START_SLOTS 65536
+/* Slots of `proc_slots`: a power of two. */
+#define PROC_SLOTS 16384
 
 /*
  * A scratch buffer: the record of an event with its path, built from the end.
@@ -33,6 +35,18 @@ struct {
 	__type(value, __u32);
 } watched SEC(".maps");
 
+/*
+ * 1: a device of this VB_DEV_SLOT() may be watched; 0: none is. What every open on
+ * the host asks first, for less than a look into a hash map. User space alone
+ * writes, before a device is watched and after it was.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, VB_DEV_SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} watched_slots SEC(".maps");
+
 /* The tracked descriptors: set at load. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -48,6 +62,17 @@ struct {
 	__type(key, __u32);
 	__type(value, struct vb_proc);
 } procs SEC(".maps");
+
+/*
+ * How many of `procs` there are of a pid modulo the slots: 0 means none, which is
+ * all that most opens and closes on the host have to ask.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PROC_SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} proc_slots SEC(".maps");
 
 /*
  * Processes to reconcile, and why (VB_MARK_). Kernel and user space write;

@@ -24,12 +24,6 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-/* The registers that the current system call began with. */
-static __always_inline struct pt_regs *own_regs(void)
-{
-	return (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
-}
-
 /* The number of the system call that they began; CALLS or more: none of ours. */
 static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 {
@@ -54,7 +48,7 @@ static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 	SEC("?tracepoint/syscalls/sys_exit_" #name)                             \
 	int tp_exit_##name(struct trace_event_raw_sys_exit *ctx)                \
 	{                                                                       \
-		struct called call = { .regs = own_regs(), .ret = ctx->ret };   \
+		struct called call = { .ret = ctx->ret };                       \
                                                                                 \
 		return handle_exit(kind, &call);                                \
 	}
@@ -81,7 +75,6 @@ static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 	int fn_exit_##id(__u64 *ctx)                                            \
 	{                                                                       \
 		struct called call = {                                          \
-			.regs = (struct pt_regs *)ctx[0],                       \
 			.ret = (long)ctx[1],                                    \
 			.compat = is_compat,                                    \
 		};                                                              \
@@ -170,7 +163,7 @@ int raw_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
-	struct called call = { .regs = regs, .ret = (long)ctx->args[1] };
+	struct called call = { .ret = (long)ctx->args[1] };
 	__u64 nr = syscall_nr(regs);
 
 	if (nr >= CALLS || (!native_calls[nr] && !compat_calls[nr]))

@@ -13,7 +13,7 @@
 #define RCLONE_BYPASS_H
 
 /* Bumped at every change of a layout below; `dump-map` refuses another one. */
-#define VB_ABI_VERSION 2
+#define VB_ABI_VERSION 3
 
 #define VB_COMM_LEN 16
 /* PATH_MAX of linux/limits.h: a path has up to 4,095 bytes and no NUL here. */
@@ -24,6 +24,13 @@
 #define VB_DEPTH_MAX 2048
 /* Path bytes in one element of the `paths` map. */
 #define VB_PATH_CHUNK 240
+
+/*
+ * Slots of `watched_slots`: a power of two. Anonymous devices such as FUSE's have
+ * major 0.
+ */
+#define VB_DEV_SLOTS 4096
+#define VB_DEV_SLOT(dev) (((dev) ^ (dev) >> 20) % VB_DEV_SLOTS)
 
 /* What became of a descriptor. All but CLOSE, EXIT and MARK bring a path. */
 enum vb_event_kind {

@@ -129,6 +129,27 @@ __noinline __u32 own_pid_of(__u64 task)
 	return BPF_CORE_READ(deepest, nr);
 }
 
+/*
+ * From 6.2 on (kernel commit a35b9af4ec2c): an address as one of the kernel's
+ * types, to be read by plain loads, which a fault makes 0. A call to read each
+ * member costs every open on the host more.
+ */
+extern void *bpf_rdonly_cast(const void *address, __u32 btf_id) __ksym __weak;
+
+/* A pointer in the kernel's memory; NULL where it cannot be read. */
+static __always_inline void *load_pointer(void *at)
+{
+	void *pointer = NULL;
+
+	/* A type that begins with a pointer: there is none for a pointer alone. */
+	if (bpf_ksym_exists(bpf_rdonly_cast))
+		return ((struct list_head *)bpf_rdonly_cast(
+				at, bpf_core_type_id_kernel(struct list_head)))->next;
+	if (bpf_probe_read_kernel(&pointer, sizeof(pointer), at))
+		return NULL;
+	return pointer;
+}
+
 /* The file behind a descriptor of a table, or NULL. */
 static __always_inline struct file *fd_file(struct files_struct *files, __u32 fd)
 {

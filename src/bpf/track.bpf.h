@@ -70,6 +70,25 @@ static __always_inline void count_event(void)
 		__sync_fetch_and_add(&s->events, 1);
 }
 
+/* Whether a device is watched. */
+static __always_inline bool is_watched(__u32 dev)
+{
+	__u32 slot = VB_DEV_SLOT(dev), *there = bpf_map_lookup_elem(&watched_slots, &slot);
+
+	/* The one early exit that every other file on the host takes. */
+	return there && *there && bpf_map_lookup_elem(&watched, &dev);
+}
+
+/* The device of a file's superblock. */
+static __always_inline __u32 dev_of(struct file *file)
+{
+	if (bpf_ksym_exists(bpf_rdonly_cast)) {
+		file = bpf_rdonly_cast(file, bpf_core_type_id_kernel(struct file));
+		return file->f_inode->i_sb->s_dev;
+	}
+	return BPF_CORE_READ(file, f_inode, i_sb, s_dev);
+}
+
 /* The watched superblock of a file that counts as tracked, or NULL. */
 static __always_inline struct super_block *tracked_sb(struct file *file, __u32 *dev)
 {
@@ -79,12 +98,11 @@ static __always_inline struct super_block *tracked_sb(struct file *file, __u32 *
 
 	if (!file)
 		return NULL;
+	*dev = dev_of(file);
+	if (!is_watched(*dev))
+		return NULL;
 	inode = BPF_CORE_READ(file, f_inode);
 	sb = BPF_CORE_READ(inode, i_sb);
-	*dev = BPF_CORE_READ(sb, s_dev);
-	/* The one early exit that every other file on the host takes. */
-	if (!bpf_map_lookup_elem(&watched, dev))
-		return NULL;
 	/* A device number is reused after an unmount: other types never match. */
 	if (BPF_CORE_READ(sb, s_magic) != FUSE_SUPER_MAGIC)
 		return NULL;
@@ -320,6 +338,43 @@ static __always_inline void lose(enum vb_loss cause)
 	mark(VB_MARK_ALL, VB_MARK_FOUND);
 }
 
+/* What `proc_slots` counts of a pid. */
+static __always_inline __u32 *proc_slot(__u32 pid)
+{
+	__u32 slot = pid % PROC_SLOTS;
+
+	return bpf_map_lookup_elem(&proc_slots, &slot);
+}
+
+/* A process that has, or had, a tracked descriptor; or NULL. */
+static __always_inline struct vb_proc *find_proc(__u32 pid)
+{
+	__u32 *count = proc_slot(pid);
+
+	return count && *count ? bpf_map_lookup_elem(&procs, &pid) : NULL;
+}
+
+/* Adds a process to `procs`, unless it is there. */
+static __always_inline void add_proc(__u32 pid, const struct vb_proc *proc)
+{
+	__u32 *count = proc_slot(pid);
+
+	/* First: who finds no count looks no further. */
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	/* Another thread may be faster, which is as well. */
+	if (insert(&procs, &pid, proc, BPF_NOEXIST) && count)
+		__sync_fetch_and_add(count, -1);
+}
+
+static __always_inline void remove_proc(__u32 pid)
+{
+	__u32 *count = proc_slot(pid);
+
+	if (!erase(&procs, &pid) && count)
+		__sync_fetch_and_add(count, -1);
+}
+
 /*
  * Notes that a process has a tracked descriptor, or something else, for good.
  * Returns whether there was room for that.
@@ -330,8 +385,7 @@ __noinline int note_proc(__u32 pid, __u64 flags)
 	struct vb_proc new = { .flags = flags };
 
 	if (!proc) {
-		/* Another thread may be faster, which is as well. */
-		insert(&procs, &pid, &new, BPF_NOEXIST);
+		add_proc(pid, &new);
 		proc = bpf_map_lookup_elem(&procs, &pid);
 	}
 	if (!proc) {
@@ -367,7 +421,7 @@ __noinline __u32 table_id(__u64 address, __u32 tgid)
 static __always_inline __u32 tracked_table(void)
 {
 	__u32 tgid = current_tgid();
-	struct vb_proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+	struct vb_proc *proc = find_proc(tgid);
 
 	if (!proc)
 		return 0;

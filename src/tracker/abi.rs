@@ -29,7 +29,9 @@ pub(super) use skeleton::types::{vb_fd, vb_fd_key, vb_meta};
 pub(super) use skeleton::{OpenRcloneBypassSkel, RcloneBypassSkel, RcloneBypassSkelBuilder};
 
 /// `VB_ABI_VERSION`.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
+/// `VB_DEV_SLOTS`.
+const DEV_SLOTS: u32 = 4096;
 /// `enum vb_event_kind`.
 const EVENT_OPEN: u8 = 1;
 const EVENT_DUP: u8 = 2;
@@ -180,6 +182,11 @@ impl RawEvent {
 pub(super) fn comm(raw: &[i8]) -> OsString {
     let bytes = raw.iter().map(|&b| b as u8).take_while(|&b| b != 0);
     OsString::from_vec(bytes.collect())
+}
+
+/// The element of the `watched_slots` map for a device: `VB_DEV_SLOT`.
+pub(super) fn dev_slot(dev: Dev) -> u32 {
+    (dev.0 ^ (dev.0 >> 20)) % DEV_SLOTS
 }
 
 /// The processes, and threads with tables of their own, that share a table with
@@ -388,6 +395,7 @@ mod tests {
         let header = include_str!("../bpf/rclone_bypass.h");
         for (name, expected) in [
             ("VB_ABI_VERSION", VERSION as usize),
+            ("VB_DEV_SLOTS", DEV_SLOTS as usize),
             ("VB_PATH_CHUNK", PATH_CHUNK),
             ("VB_COMM_LEN", vb_event::default().comm.len()),
             ("VB_PROC_SHARED", PROC_SHARED as usize),

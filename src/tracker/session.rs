@@ -170,6 +170,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
     let mut state = State {
         shared,
         watched: handle(&maps.watched)?,
+        watched_slots: handle(&maps.watched_slots)?,
         fds: handle(&maps.fds)?,
         published: Published::new(handle(&maps.meta)?),
         paths: paths.transpose()?,

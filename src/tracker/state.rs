@@ -23,6 +23,7 @@ const DOUBT: Duration = Duration::from_millis(20);
 pub(super) struct State<'a> {
     pub(super) shared: &'a Shared,
     pub(super) watched: MapHandle,
+    pub(super) watched_slots: MapHandle,
     pub(super) fds: MapHandle,
     pub(super) published: Published,
     /// Where pinned paths go; `None` without pins.
@@ -47,9 +48,14 @@ impl State<'_> {
         for gone in self.watches.iter().filter(|w| !watched(&watches, w)) {
             // Two prefixes may be on one mount: the second finds it removed.
             let _ = self.watched.delete(&gone.mount.dev.0.to_ne_bytes());
+            let slot = abi::dev_slot(gone.mount.dev);
+            if !watches.iter().any(|w| abi::dev_slot(w.mount.dev) == slot) {
+                self.set_slot(slot, 0)?;
+            }
         }
         for watch in &watches {
             let one = 1u32.to_ne_bytes();
+            self.set_slot(abi::dev_slot(watch.mount.dev), 1)?;
             self.watched
                 .update(&watch.mount.dev.0.to_ne_bytes(), &one, MapFlags::ANY)
                 .map_err(|e| failed("watching a mount", e))?;
@@ -71,6 +77,12 @@ impl State<'_> {
             self.shared.publish(&Update::Mounted(Box::new(new.clone())));
         }
         Ok(before != watches)
+    }
+
+    fn set_slot(&self, slot: u32, value: u32) -> Result<(), TrackerError> {
+        self.watched_slots
+            .update(&slot.to_ne_bytes(), &value.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|e| failed("watching a mount", e))
     }
 
     pub(super) fn apply(&mut self, records: Vec<RawEvent>) {
