@@ -42,6 +42,12 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
     ("statx MOUNT", "ambiguous", "ambiguous", "ambiguous"),
     ("poll", "permission", "io_error", "io_error"),
     (
+        "statx /proc/self/ns/mnt",
+        "permission",
+        "io_error",
+        "io_error",
+    ),
+    (
         "open /proc/self/mountinfo",
         "permission",
         "io_error",

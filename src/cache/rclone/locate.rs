@@ -406,20 +406,45 @@ fn no_mountinfo(error: io::Error) -> Refusal {
     Refusal::from_io("`/proc/self/mountinfo`", &error, Reason::IoError)
 }
 
+/// Whose mount table it is. A child of fork(2) shares the open mountinfo with its
+/// parent, and each would take changes from the other; one that was opened in
+/// another mount namespace tells of that one's changes.
+#[derive(PartialEq)]
+struct Owner {
+    pid: u32,
+    namespace: (u64, u64),
+}
+
+impl Owner {
+    fn now() -> Result<Self, Refusal> {
+        let path = "/proc/self/ns/mnt";
+        let namespace = fs::metadata(path)
+            .map_err(|e| Refusal::from_io(format_args!("`{path}`"), &e, Reason::IoError))?;
+        Ok(Self {
+            pid: std::process::id(),
+            namespace: (namespace.dev(), namespace.ino()),
+        })
+    }
+}
+
 /// The mount table and what was located on it, kept until the table changes or
 /// a daemon exits. Opening a clip then costs one poll(2) instead of a search.
 pub struct Locator {
+    owner: Owner,
     changes: File,
     table: Arc<MountTable>,
     located: HashMap<Dev, (Instant, Located)>,
 }
 
 impl Locator {
-    fn new() -> io::Result<Self> {
-        let changes = File::open("/proc/self/mountinfo")?;
+    fn new() -> Result<Self, Refusal> {
+        let owner = Owner::now()?;
+        let changes = File::open("/proc/self/mountinfo").map_err(no_mountinfo)?;
+        let table = MountTable::read().map_err(no_mountinfo)?;
         Ok(Self {
+            owner,
             changes,
-            table: Arc::new(MountTable::read()?),
+            table: Arc::new(table),
             located: HashMap::new(),
         })
     }
@@ -437,8 +462,10 @@ impl Locator {
         // Taken out while it is refreshed: asking for changes consumes them,
         // so that a table which then could not be read must not come back.
         let locator = match shared.take() {
-            Some(mut locator) => locator.refresh().map(|()| locator),
-            None => Self::new().map_err(no_mountinfo),
+            Some(mut locator) if Owner::now().is_ok_and(|now| now == locator.owner) => {
+                locator.refresh().map(|()| locator)
+            }
+            _ => Self::new(),
         }?;
         f(shared.insert(locator))
     }
