@@ -1,6 +1,7 @@
 //! Why bytes went through FUSE: one enum, the same in the library, JSON,
 //! metrics and documentation.
 
+use std::ffi::CStr;
 use std::fmt;
 
 use serde::Serialize;
@@ -29,6 +30,14 @@ macro_rules! reasons {
                 }
             }
 
+            /// [`name`](Self::name) as C reads it.
+            #[must_use]
+            pub fn name_c(self) -> &'static CStr {
+                match self {
+                    $(Self::$variant => const { for_c(concat!($name, "\0")) },)*
+                }
+            }
+
             /// What an operator can do about it, one sentence.
             #[must_use]
             pub fn remedy(self) -> &'static str {
@@ -36,8 +45,24 @@ macro_rules! reasons {
                     $(Self::$variant => $remedy,)*
                 }
             }
+
+            /// [`remedy`](Self::remedy) as C reads it.
+            #[must_use]
+            pub fn remedy_c(self) -> &'static CStr {
+                match self {
+                    $(Self::$variant => const { for_c(concat!($remedy, "\0")) },)*
+                }
+            }
         }
     };
+}
+
+/// A literal that ends with its only NUL.
+const fn for_c(text: &'static str) -> &'static CStr {
+    match CStr::from_bytes_with_nul(text.as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("a NUL within a reason's text"),
+    }
 }
 
 reasons! {
@@ -151,6 +176,8 @@ mod tests {
             let json = serde_json::to_value(reason).unwrap();
             assert_eq!(json, reason.name());
             assert!(!reason.remedy().is_empty());
+            assert_eq!(reason.name_c().to_str(), Ok(reason.name()));
+            assert_eq!(reason.remedy_c().to_str(), Ok(reason.remedy()));
         }
     }
 

@@ -12,6 +12,7 @@ mod memory;
 mod reflink;
 mod store;
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -58,6 +59,16 @@ impl SnapshotKind {
             Self::Reflink => "reflink",
             Self::Copy => "copy",
             Self::Live => "live",
+        }
+    }
+
+    /// [`name`](Self::name) as C reads it.
+    #[must_use]
+    pub fn name_c(self) -> &'static CStr {
+        match self {
+            Self::Reflink => c"reflink",
+            Self::Copy => c"copy",
+            Self::Live => c"live",
         }
     }
 }
