@@ -6,10 +6,11 @@ SHELL := /bin/bash
 CARGO_TARGET_DIR ?= target
 BIN := $(CARGO_TARGET_DIR)/release/vmafx-bypass
 PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker fuzz deny install clean
+.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker fuzz deny install build-lib install-lib header clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,12 +21,19 @@ setup: ## install the Debian packages that are missing
 build: ## build the program, optimised
 	cargo build --release --locked
 
+build-lib: ## build the library for C, shared and static, optimised
+	cargo build --release --locked -p vmafx-bypass-capi
+
+header: ## write the library's C header anew, after a change of capi/src/abi.rs
+	WRITE_HEADER=1 cargo test --locked -p vmafx-bypass-capi --test header the_header
+
 demo: setup build ## show all of it on an rclone mount that it starts itself
 	scripts/demo.sh $(BIN)
 
 test: setup lint doc ## set up, and run every test; as root
 	cargo test --locked
 	cargo test --locked --no-default-features --lib --bins --test cli
+	cargo test --locked -p vmafx-bypass-capi
 
 test-vm: setup ## run tests under Debian's kernels, in QEMU: KERNEL=6.12 for one
 	scripts/vm/run.py $(KERNEL)
@@ -40,14 +48,16 @@ torture: setup ## torture bypassed reads: DURATION=30m RCLONE=path beside PATH's
 test-unit: ## run the tests that need no root
 	cargo test --locked --lib --bins --doc
 	cargo test --locked --test cli
+	cargo test --locked -p vmafx-bypass-capi --lib --test header
 
 mutants: setup ## take each gate out, and see its tests fail; takes long
 	scripts/mutants.py
 
 lint: ## check format and lints
-	cargo fmt --check
+	cargo fmt --all --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo clippy --locked -p vmafx-bypass-capi --all-targets -- -D warnings
 
 doc: ## build the library's documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --lib
@@ -65,10 +75,14 @@ fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
 	done
 
 deny: ## check licences, bans and sources of dependencies (needs cargo-deny)
-	cargo deny --all-features check licenses bans sources
+	cargo deny --workspace --all-features check licenses bans sources
 
 install: build ## install the program
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/vmafx-bypass
+
+install-lib: build-lib ## install the library for C: DESTDIR, PREFIX, LIBDIR
+	DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' \
+		scripts/install-lib.sh $(CARGO_TARGET_DIR)/release
 
 clean: ## remove what was built
 	cargo clean

@@ -6,6 +6,7 @@
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
 #   python3 util-linux bindfs strace stress-ng                  the tests
+#   g++ binutils valgrind golang-go                             the tests of the library for C
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #
 # The tests also run against a newer rclone than Debian's, from the Python
@@ -18,6 +19,7 @@ packages=(
     rclone fuse3
     ffmpeg
     python3 util-linux bindfs strace stress-ng
+    g++ binutils valgrind golang-go
     qemu-system-x86 busybox-static cpio
 )
 rclone_new=1.75.2
