@@ -10,25 +10,14 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
-use std::sync::Barrier;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::clips::*;
 use common::snapshots::*;
 use common::{content, eventually, fuse_range, put, stderr};
 use rustix::fs::SealFlags;
+use vmafx_bypass::Reason;
 use vmafx_bypass::snapshot::{SnapshotKind, SnapshotMode};
-use vmafx_bypass::{Reason, Refusal};
-
-/// When the clip is said to have been replaced.
-const LATER: &str = "2031-01-01 00:00:00 UTC";
-const WHOLE: &[(&str, usize)] = &[(CLIP, 8 * MIB)];
-
-fn reason(result: Result<vmafx_bypass::snapshot::Whole, Refusal>) -> Reason {
-    let refusal = result.unwrap_err();
-    println!("{refusal}");
-    refusal.reason
-}
 
 #[test]
 fn a_clip_is_handed_over_whole() {
@@ -94,7 +83,11 @@ fn a_slow_reader_of_a_clip_that_is_replaced_sees_the_old_bytes_whole() {
                 })
                 .collect();
             let mut reads = 0;
-            while reads < 3 || !others.iter().all(|o| o.is_finished()) {
+            while reads < 3
+                || !others
+                    .iter()
+                    .all(std::thread::ScopedJoinHandle::is_finished)
+            {
                 let part = step * (1 + reads % 3);
                 slow.read_exact_at(&mut read[part..part + step], part as u64)
                     .unwrap();
@@ -183,76 +176,6 @@ fn what_keeps_clips_open_for_seconds_makes_live_ones_wait() {
     let snapshots = snapshots(SnapshotMode::Off, 0);
     assert_eq!(reason(ask(&snapshots, &clip(&rig))), Reason::Busy);
     eventually("a live clip", || ask(&snapshots, &clip(&rig)).is_ok());
-}
-
-#[test]
-fn many_threads_get_one_snapshot() {
-    each_place(WHOLE, &[], |rig, kind| {
-        let bytes = content(1, 8 * MIB);
-        let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
-        let (path, barrier) = (clip(rig), Barrier::new(16));
-        let wholes: Vec<_> = std::thread::scope(|scope| {
-            let one = || {
-                barrier.wait();
-                ask(&snapshots, &path).unwrap()
-            };
-            let threads: Vec<_> = (0..16).map(|_| scope.spawn(one)).collect();
-            threads.into_iter().map(|t| t.join().unwrap()).collect()
-        });
-        assert_eq!(wholes.iter().filter(|w| !w.reused).count(), 1);
-        let inode = |w: &vmafx_bypass::snapshot::Whole| rustix::fs::fstat(&w.fd).unwrap().st_ino;
-        for whole in &wholes {
-            assert_eq!((whole.kind, inode(whole)), (kind, inode(&wholes[0])));
-            assert!(bytes_of(&whole.fd) == bytes);
-        }
-    });
-}
-
-#[test]
-fn copies_stay_within_their_budget() {
-    each_rclone(MIB, QUICK, |rig, _| {
-        for (seed, name) in [(2, "b"), (3, "c"), (4, "large")] {
-            let size = if name == "large" { 3 * MIB } else { MIB };
-            put(&rig.source(), name, &content(seed, size));
-        }
-        let path = |name: &str| rig.mountpoint().join(name);
-        for name in [CLIP, "b", "c", "large"] {
-            eventually("a new clip", || path(name).exists());
-            rig.cache_whole(Path::new(name)).unwrap();
-        }
-        let snapshots = snapshots(SnapshotMode::Auto, 2 * MIB + MIB / 2);
-        let reused = |name| ask(&snapshots, &path(name)).unwrap().reused;
-        assert!(!reused(CLIP) && !reused("b") && reused(CLIP));
-        // b was used the longest ago.
-        assert!(!reused("c") && reused(CLIP) && reused("c"));
-        assert!(!reused("b"));
-        assert_eq!(reason(ask(&snapshots, &path("large"))), Reason::Budget);
-        // What others have open takes memory, whether we have it or not.
-        let held = [CLIP, "b"].map(|name| ask(&snapshots, &path(name)).unwrap());
-        assert_eq!(reason(ask(&snapshots, &path("c"))), Reason::Budget);
-        // A mapping, too.
-        let [first, second] = held;
-        let map = Map::of(&first.fd);
-        drop(first);
-        assert_eq!(reason(ask(&snapshots, &path("c"))), Reason::Budget);
-        drop(map);
-        assert!(!reused("c"));
-        // So does a version that is gone.
-        let newer = content(5, MIB);
-        fs::write(rig.source().join("b"), &newer).unwrap();
-        set_time(&rig.source().join("b"), LATER);
-        let got = || ask(&snapshots, &path("b")).is_ok_and(|w| bytes_of(w.fd) == newer);
-        eventually("the new b", || {
-            fs::read(path("b")).is_ok_and(|read| read == newer)
-        });
-        rig.cache_whole(Path::new("b")).unwrap();
-        assert!(got());
-        let third = ask(&snapshots, &path("b")).unwrap();
-        assert_eq!(reason(ask(&snapshots, &path("c"))), Reason::Budget);
-        assert!(bytes_of(&second.fd) == content(2, MIB));
-        drop((second, third));
-        assert!(!reused("c"));
-    });
 }
 
 #[test]
@@ -428,39 +351,5 @@ fn with_the_kill_switch() {
         rig.cache_whole(Path::new(CLIP)).unwrap();
         let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
         assert_eq!(reason(ask(&snapshots, &clip(rig))), Reason::Disabled);
-    });
-}
-
-/// Prints what it costs: no time is asserted.
-#[test]
-fn what_a_snapshot_costs() {
-    each_place(&[(CLIP, 100 * MIB)], &[], |rig, kind| {
-        let snapshots = snapshots(SnapshotMode::Auto, 256 * MIB);
-        let path = clip(rig);
-        let start = Instant::now();
-        let whole = ask(&snapshots, &path).unwrap();
-        let first = start.elapsed();
-        assert!(bytes_of(whole.fd) == content(1, 100 * MIB));
-        let clip = path_only(&path);
-        let mut times: Vec<Duration> = (0..2_000)
-            .map(|_| {
-                let start = Instant::now();
-                let whole = snapshots.open(clip.as_fd()).unwrap();
-                let time = start.elapsed();
-                assert!(whole.reused);
-                time
-            })
-            .collect();
-        times.sort();
-        std::thread::sleep(Duration::from_millis(1_100));
-        let start = Instant::now();
-        assert!(ask(&snapshots, &path).unwrap().reused);
-        println!(
-            "{}: first {first:?}, again p50 {:?}, p99 {:?}, after a second {:?}",
-            kind.name(),
-            times[times.len() / 2],
-            times[times.len() * 99 / 100],
-            start.elapsed(),
-        );
     });
 }

@@ -7,13 +7,17 @@ use std::path::Path;
 
 use nix::fcntl::OFlag;
 
-use super::clips::options;
+use super::clips::{CLIP, MIB, options};
 use super::xfs::Xfs;
 use super::{content, need_root, put, rclones, rig_with};
-use vmafx_bypass::Refusal;
 use vmafx_bypass::rig::Rig;
 use vmafx_bypass::snapshot::{SnapshotKind, SnapshotMode, SnapshotOptions, Snapshots, Whole};
+use vmafx_bypass::{Reason, Refusal};
 
+/// When a clip is said to have been replaced.
+pub const LATER: &str = "2031-01-01 00:00:00 UTC";
+/// One clip.
+pub const WHOLE: &[(&str, usize)] = &[(CLIP, 8 * MIB)];
 /// What rclone needs to see a change at the remote soon.
 pub const QUICK: &[&str] = &["--dir-cache-time=1s", "--attr-timeout=1s"];
 
@@ -112,4 +116,11 @@ impl Drop for Map {
         // SAFETY: what was mapped, of which nothing was lent.
         unsafe { nix::libc::munmap(self.0, self.1) };
     }
+}
+
+/// Why nothing was handed over.
+pub fn reason(result: Result<Whole, Refusal>) -> Reason {
+    let refusal = result.unwrap_err();
+    println!("{refusal}");
+    refusal.reason
 }
