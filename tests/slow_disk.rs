@@ -41,8 +41,9 @@ fn a_slow_disk_does_not_end_a_file() {
 /// A copy counts only if all was the clip's when its last byte was there.
 #[test]
 fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
+    type Change = fn(&Rig);
     let _one = ONE.lock();
-    let changes: [(&str, fn(&Rig)); 3] = [
+    let changes: [(&str, Change); 3] = [
         ("nothing", |_| ()),
         ("its cache file is removed", |rig| {
             fs::remove_file(cache_file(rig, "vfs", CLIP)).unwrap();
