@@ -1,6 +1,6 @@
 //! The stressors of stress-ng that open, dup, fork, exec and close, with their
 //! working folder on the mount and beside it: the table must not drift, and
-//! nothing may get lost uncounted. For STRESS_SECONDS, 15 by default.
+//! nothing may get lost uncounted. For STRESS_SECONDS each, 30 by default.
 #![cfg(feature = "ebpf")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -51,7 +51,7 @@ fn usage(pid: u32) -> (f64, u64) {
 
 #[test]
 fn stressors_leave_the_table_right() {
-    let seconds = std::env::var("STRESS_SECONDS").unwrap_or_else(|_| "15".into());
+    let seconds = std::env::var("STRESS_SECONDS").unwrap_or_else(|_| "30".into());
     let options = RigOptions {
         read_only: false,
         // Where stressors can make their folders.

@@ -7,6 +7,10 @@ pub mod clips;
 
 pub mod fds;
 
+pub mod snapshots;
+
+pub mod xfs;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
