@@ -15,6 +15,7 @@
 
 pub mod bench;
 pub mod cache;
+pub mod handover;
 pub mod mounts;
 pub mod optin;
 pub mod reader;
