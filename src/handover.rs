@@ -16,8 +16,8 @@ mod wire;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-pub(crate) use client::{Connection, Granted};
-pub use client::{VARIABLE, WholeClip, whole};
+pub(crate) use client::Connection;
+pub use client::{VARIABLE, WholeFd, whole};
 pub use listener::Owner;
 pub use server::{Log, Server, ServerError, ServerOptions};
 pub use stats::HandoverStats;
@@ -37,7 +37,7 @@ pub struct Client {
     pub gid: u32,
 }
 
-/// Where a server has from what it hands over: [`Clips`](crate::reader::Clips),
+/// Where a server has from what it hands over: [`Clips`](crate::Clips),
 /// or a test's own.
 pub trait Source: Send + Sync + 'static {
     /// Proves a clip's ranges. The descriptor may be of anything, and be shared
@@ -56,7 +56,7 @@ pub trait Source: Send + Sync + 'static {
     ///
     /// # Errors
     /// Likewise.
-    fn whole(&self, client: Client, clip: OwnedFd) -> Result<WholeClip, Refusal>;
+    fn whole(&self, client: Client, clip: OwnedFd) -> Result<WholeFd, Refusal>;
 }
 
 /// A proof that was handed over, as long as the client wants it. To drop it

@@ -294,7 +294,7 @@ fn check_file(path: &Path, file: &File, size: u64) -> Result<(), Refusal> {
 
 /// A file with a whole clip.
 #[derive(Debug)]
-pub struct WholeClip {
+pub struct WholeFd {
     /// A description of its own, read-only.
     pub fd: OwnedFd,
     /// What it is of.
@@ -308,7 +308,7 @@ pub struct WholeClip {
 ///
 /// # Errors
 /// Why there is none; [`Reason::Handover`] where the server is at fault.
-pub fn whole(socket: &Path, clip: BorrowedFd<'_>) -> Result<WholeClip, Refusal> {
+pub fn whole(socket: &Path, clip: BorrowedFd<'_>) -> Result<WholeFd, Refusal> {
     let mut connection = Connection::open(socket)?;
     let (answer, descriptors) = connection.ask(Request::Whole, Some(clip), WHOLE)?;
     let Answer::Whole { kind, size } = answer else {
@@ -323,7 +323,7 @@ pub fn whole(socket: &Path, clip: BorrowedFd<'_>) -> Result<WholeClip, Refusal> 
             return Err(unavailable(socket, "gave a copy that is not sealed"));
         }
     }
-    Ok(WholeClip {
+    Ok(WholeFd {
         fd: file.into(),
         kind,
         size,

@@ -6,19 +6,18 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::companion::Companion;
+use super::origin::Origin;
 use super::prove::check_read_only;
 use super::pulled::Pulled;
-use super::verify::FileKey;
+use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
-use crate::cache::rclone::MetadataFile;
 use crate::mounts::Dev;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
@@ -55,7 +54,8 @@ pub(super) struct Epoch {
     checked: Box<[AtomicU8]>,
     /// `None`: what is read through FUSE may not be in the data file.
     pulled: Option<Pulled>,
-    metadata: Mutex<MetadataFile>,
+    /// Tells whether the metadata is still what was proven.
+    origin: Origin,
     /// The superblock of the clip's mount.
     dev: Dev,
     key: FileKey,
@@ -71,7 +71,7 @@ impl Epoch {
     pub(super) fn new(
         proof: Proof,
         data: File,
-        metadata: MetadataFile,
+        origin: Origin,
         path: PathBuf,
         caches_reads: bool,
         dev: Dev,
@@ -85,7 +85,7 @@ impl Epoch {
             checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
             pieces,
             pulled: caches_reads.then(Pulled::default),
-            metadata: Mutex::new(metadata),
+            origin,
             dev,
             key,
             seen_ms: AtomicU64::new(coarse_ms()),
@@ -267,6 +267,7 @@ impl Epoch {
         if !self.proof.writable {
             check_read_only(self.dev)?;
         }
+        self.origin.pin(&self.proof, companion);
         match companion.metadata() {
             Ok(fuse)
                 if fuse.len() == self.proof.size
@@ -284,15 +285,89 @@ impl Epoch {
         Ok(())
     }
 
-    fn check_metadata(&self) -> Result<(), Refusal> {
-        if !self.lock_metadata().unchanged() {
-            return Err(changed("has new metadata"));
+    /// Whether every byte of the clip is proven and present.
+    pub(super) fn check_whole(&self) -> Result<(), Refusal> {
+        let whole = Span {
+            start: 0,
+            end: self.proof.size,
+        };
+        if self.proof.ranges.spans() != [whole] {
+            let (proven, size) = (self.proven_bytes(), self.proof.size);
+            let detail = format!("{proven} of {size} bytes are proven");
+            return Err(Refusal::new(Reason::Partial, detail));
+        }
+        if !self.is_present(whole, 0)? {
+            let detail = format!("`{}` has a hole", self.path.display());
+            return Err(Refusal::new(Reason::Hole, detail));
         }
         Ok(())
     }
 
-    fn lock_metadata(&self) -> MutexGuard<'_, MetadataFile> {
-        self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether the data file is still the clip's, in the version that was
+    /// proven; rclone may have written the metadata again. Asks neither FUSE
+    /// nor rclone.
+    pub(super) fn check_version(&self) -> Result<(), Refusal> {
+        check_quarantine(&self.key)?;
+        self.check_data()?;
+        self.origin.check_version()?;
+        check_read_only(self.dev)
+    }
+
+    /// Whether the proof holds, as far as it can be told without FUSE: what a
+    /// server tells a client, who looks at FUSE's view himself.
+    pub(super) fn check_without_fuse(&self) -> Result<(), Refusal> {
+        check_quarantine(&self.key)?;
+        self.check_data()?;
+        self.check_metadata()?;
+        check_read_only(self.dev)
+    }
+
+    /// Whether another proof is of the same version in the same data file.
+    pub(super) fn is_same(&self, other: &Self) -> Result<bool, Refusal> {
+        let identity = |epoch: &Self| {
+            let stat = rustix::fs::fstat(&epoch.data);
+            let stat = stat.map_err(|e| epoch.failed("fstat", e.into()))?;
+            Ok((stat.st_dev, stat.st_ino))
+        };
+        Ok(self.key == other.key
+            && (self.proof.size, self.proof.modified) == (other.proof.size, other.proof.modified)
+            && identity(self)? == identity(other)?
+            && self.origin.is_same_version(&other.origin))
+    }
+
+    /// The clip's size, bytes, and its modification time.
+    pub(super) fn version(&self) -> (u64, Timestamp) {
+        (self.proof.size, self.proof.modified)
+    }
+
+    /// What is proven.
+    pub(super) fn proof(&self) -> &Proof {
+        &self.proof
+    }
+
+    /// Whether what is read through FUSE goes into the cache file.
+    pub(super) fn caches_reads(&self) -> bool {
+        self.pulled.is_some()
+    }
+
+    /// Tells a difference between the cache and FUSE to the server that gave
+    /// the proof, if one did: it looks for itself, and warns its other clients.
+    pub(super) fn tell_difference(&self, offset: u64, companion: &Companion) {
+        self.origin.tell_difference(offset, companion);
+    }
+
+    /// The cache file; reading it gives none of this type's guarantees.
+    pub(super) fn data(&self) -> &File {
+        &self.data
+    }
+
+    /// Fills the buffer from the data file, of which all is proven.
+    pub(super) fn read_whole(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
+        self.pread(buffer, offset)
+    }
+
+    fn check_metadata(&self) -> Result<(), Refusal> {
+        self.origin.check()
     }
 
     /// Fills the buffer from the data file, at a range that was proven. On a
@@ -326,8 +401,8 @@ impl Epoch {
     /// Fills the buffer from a range that was read before, to compare it.
     pub(super) fn read_again(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
         self.pread(buffer, offset)?;
-        if self.proof.writable && !self.lock_metadata().unchanged_in_place() {
-            return Err(changed("has new metadata"));
+        if self.proof.writable {
+            self.origin.check_in_place()?;
         }
         Ok(())
     }
@@ -346,7 +421,7 @@ impl Epoch {
         read.map_err(|e| self.failed("read", e))
     }
 
-    fn check_data(&self) -> Result<(), Refusal> {
+    pub(super) fn check_data(&self) -> Result<(), Refusal> {
         // Not `File::metadata`: its statx(2) costs a quarter more.
         let stat = rustix::fs::fstat(&self.data).map_err(|e| self.failed("fstat", e.into()))?;
         // A second link would hide that rclone has unlinked its own.
@@ -373,6 +448,6 @@ fn is_without_daemon(error: &io::Error) -> bool {
     matches!(error.kind(), NotConnected | ConnectionAborted)
 }
 
-fn changed(what: &str) -> Refusal {
+pub(super) fn changed(what: &str) -> Refusal {
     Refusal::new(Reason::Changed, format!("the cache file {what}"))
 }

@@ -1,0 +1,97 @@
+//! A proof that a server hands over.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::companion::Companion;
+use super::epoch::{Epoch, Outcome};
+use super::prove::{Wanted, prove};
+use super::verify::{Verifier, Verify};
+use crate::cache::proof::Timestamp;
+use crate::cache::ranges::Ranges;
+use crate::cache::trail::Trail;
+use crate::handover::Lease;
+use crate::reason::{Reason, Refusal};
+
+/// Bytes that are compared around an offset that is said to differ.
+const COMPARED: u64 = 4096;
+
+/// A proof without the clip's FUSE descriptor, which the client has, and whose
+/// closing could wait for rclone.
+pub(crate) struct Proven(Epoch);
+
+impl Proven {
+    /// Proves a clip that others have opened, on a read-only mount.
+    pub(crate) fn of(clip: OwnedFd, pulled: Option<u64>) -> Result<Self, Refusal> {
+        let companion = Companion::from_fd(clip)
+            .map_err(|e| Refusal::from_io("the clip's descriptor", &e, Reason::Unsupported))?;
+        let epoch = prove(&companion, pulled, Wanted::Ranges, &mut Trail::off())?;
+        if epoch.is_writable() {
+            let detail = "a writable mount's clips are not handed over";
+            return Err(Refusal::new(Reason::Unsupported, detail));
+        }
+        let mode = epoch
+            .data()
+            .metadata()
+            .map_err(|e| Refusal::from_io("fstat of the cache file", &e, Reason::IoError))?
+            .mode();
+        if mode & 0o022 != 0 {
+            // Whoever has a descriptor can open the file anew, by /proc, as its
+            // mode lets him, whatever the folders above it do.
+            let detail = format!(
+                "the cache file's mode {:o} lets others write: rclone makes it 0600",
+                mode & 0o7777
+            );
+            return Err(Refusal::new(Reason::Permission, detail));
+        }
+        Ok(Self(epoch))
+    }
+}
+
+impl Lease for Proven {
+    fn data(&self) -> Result<OwnedFd, Refusal> {
+        let path = format!("/proc/self/fd/{}", self.0.data().as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
+        rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+            Refusal::from_io("opening the cache file anew", &e.into(), Reason::IoError)
+        })
+    }
+
+    fn version(&self) -> (u64, Timestamp) {
+        self.0.version()
+    }
+
+    fn ranges(&self) -> &Ranges {
+        &self.0.proof().ranges
+    }
+
+    fn caches_reads(&self) -> bool {
+        self.0.caches_reads()
+    }
+
+    fn check(&self) -> Result<(), Refusal> {
+        self.0.check_without_fuse()
+    }
+
+    fn compare(&self, clip: BorrowedFd<'_>, offset: u64) -> Result<(), Refusal> {
+        self.check()?;
+        let io = |e: std::io::Error| Refusal::from_io("the clip", &e, Reason::IoError);
+        let clip = Companion::open(format!("/proc/self/fd/{}", clip.as_raw_fd()).as_ref());
+        let clip = clip.map_err(io)?;
+        if clip.identity().map_err(io)? != self.0.key().identity() {
+            let detail = "the descriptor is not of the clip that was handed over";
+            return Err(Refusal::new(Reason::Changed, detail));
+        }
+        let start = offset / COMPARED * COMPARED;
+        let mut bytes = vec![0; COMPARED as usize];
+        // What is not from the cache cannot differ.
+        let Outcome::Cache(n) = self.0.read(&mut bytes, start, &clip)? else {
+            return Ok(());
+        };
+        Verifier::new(Verify::Full)
+            .verify(&bytes[..n], start, &self.0, &clip)
+            .map(drop)
+    }
+}
