@@ -308,18 +308,11 @@ impl Epoch {
     /// nor rclone.
     pub(super) fn check_version(&self) -> Result<(), Refusal> {
         check_quarantine(&self.key)?;
-        self.check_data()?;
+        check_read_only(self.dev)?;
         self.origin.check_version()?;
-        check_read_only(self.dev)
-    }
-
-    /// Whether the proof holds, as far as it can be told without FUSE: what a
-    /// server tells a client, who looks at FUSE's view himself.
-    pub(super) fn check_without_fuse(&self) -> Result<(), Refusal> {
-        check_quarantine(&self.key)?;
-        self.check_data()?;
-        self.check_metadata()?;
-        check_read_only(self.dev)
+        // Last: before anyone gets a newer version through FUSE, rclone unlinks
+        // the old one's file.
+        self.check_data()
     }
 
     /// Whether another proof is of the same version in the same data file.

@@ -7,6 +7,12 @@ pub mod clips;
 
 pub mod fds;
 
+pub mod handover;
+
+pub mod snapshots;
+
+pub mod xfs;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
