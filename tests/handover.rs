@@ -7,7 +7,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -66,6 +66,7 @@ fn what_is_missing_comes_through_fuse_and_then_from_the_cache() {
         "--allow-other",
         "--buffer-size=0",
         "--vfs-read-chunk-size=1M",
+        "--dir-cache-time=1s",
     ];
     each_rclone(64 * MIB, &options, |rig, bytes| {
         let served = Served::of(rig);
@@ -163,7 +164,7 @@ fn changed_metadata_ends_the_proof() {
             let file = served.open_cached(rig);
             let mut start = vec![0; 4096];
             file.read_at(&mut start, 0).unwrap();
-            assert_eq!(file.stats().fuse_bytes(), 0);
+            assert_eq!(file.stats().fuse_bytes(), 0, "{:?}", file.refusal());
             // While this is held, rclone does not write it again.
             let _held = hold(&clip(rig), 0, 1);
             std::thread::sleep(Duration::from_millis(50));
@@ -220,7 +221,6 @@ fn a_server_that_ends_and_comes_back() {
         assert!(stats.by_reason.contains_key(&Reason::Handover), "{stats:?}");
         let refusal = file.refusal().unwrap();
         assert_eq!(refusal.reason, Reason::Handover);
-        assert!(refusal.detail.contains("No such file"), "{refusal}");
         served.start(Duration::from_secs(60));
         eventually("another proof", || {
             file.read_at(&mut block, 0).unwrap();
@@ -296,16 +296,12 @@ fn another_users_server_is_not_believed() {
     each_rclone(2 * MIB, ALL, |rig, bytes| {
         rig.cache_whole(Path::new(CLIP)).unwrap();
         let folder = folder();
-        fs::set_permissions(
-            folder.path(),
-            std::os::unix::fs::PermissionsExt::from_mode(0o777),
-        )
-        .unwrap();
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let socket = folder.path().join("socket");
         let script = "import socket,sys\n\
                       s=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET)\n\
                       s.bind(sys.argv[1]); s.listen(8)";
-        let by = [&NOBODY[..], &["python3"]].concat();
+        let by = [&NOBODY[..], &["/usr/bin/python3"]].concat();
         let argument = socket.to_str().unwrap();
         let worker = common::Worker::start_by(&by, folder.path(), script, &[argument]);
         let options = BypassOptions::new().socket(&socket).socket_alone();
@@ -361,6 +357,8 @@ fn a_mount_that_belongs_to_its_user_alone_is_refused() {
         let source = folder.path().join("source");
         put(&source, CLIP, &content(1, MIB));
         let (mount, cache) = (folder.path().join("mount"), folder.path().join("cache"));
+        // As udev leaves it.
+        fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
         for part in [&mount, &cache] {
             fs::create_dir(part).unwrap();
             std::os::unix::fs::chown(part, Some(65534), Some(65534)).unwrap();
@@ -388,7 +386,7 @@ fn a_mount_that_belongs_to_its_user_alone_is_refused() {
         let by = |script: &str, arguments: &[&str]| {
             Command::new(NOBODY[0])
                 .args(&NOBODY[1..])
-                .args(["python3", "-c", script])
+                .args(["/usr/bin/python3", "-c", script])
                 .args(arguments)
                 .output()
                 .unwrap()
@@ -461,34 +459,38 @@ fn a_clip_opened_in_another_mount_namespace_is_handed_over() {
 
 #[test]
 fn whole_clips_are_snapshots() {
-    each_rclone(3 * MIB, ALL, |rig, bytes| {
-        let served = Served::of(rig);
-        rig.cache_whole(Path::new(CLIP)).unwrap();
-        let file = File::open(clip(rig)).unwrap();
-        let whole = handover::whole(&served.socket(), file.as_fd()).unwrap();
-        assert_ne!(whole.kind, WholeKind::Live);
-        assert_eq!(whole.size, bytes.len() as u64);
-        let whole = File::from(whole.fd);
-        let mut read = vec![0; bytes.len() + 1];
-        assert_eq!(whole.read_at(&mut read, 0).unwrap(), bytes.len());
-        assert!(read[..bytes.len()] == *bytes);
-        assert!(whole.write_at(b"x", 0).is_err());
-        // A clip of which there is nothing.
-        put(&rig.source(), "new", &bytes[..MIB]);
-        let path = rig.mountpoint().join("new");
-        eventually("a new clip", || path.exists());
-        let file = File::open(path).unwrap();
-        let refusal = handover::whole(&served.socket(), file.as_fd()).unwrap_err();
-        assert_eq!(refusal.reason, Reason::NoMetadata);
-        let stats = served.server().stats();
-        assert_eq!((stats.whole, stats.refused[&Reason::NoMetadata]), (1, 1));
-    });
+    each_rclone(
+        3 * MIB,
+        &["--allow-other", "--dir-cache-time=1s"],
+        |rig, bytes| {
+            let served = Served::of(rig);
+            rig.cache_whole(Path::new(CLIP)).unwrap();
+            let file = File::open(clip(rig)).unwrap();
+            let whole = handover::whole(&served.socket(), file.as_fd()).unwrap();
+            assert_ne!(whole.kind, WholeKind::Live);
+            assert_eq!(whole.size, bytes.len() as u64);
+            let whole = File::from(whole.fd);
+            let mut read = vec![0; bytes.len() + 1];
+            assert_eq!(whole.read_at(&mut read, 0).unwrap(), bytes.len());
+            assert!(read[..bytes.len()] == *bytes);
+            assert!(whole.write_at(b"x", 0).is_err());
+            // A clip of which there is nothing.
+            put(&rig.source(), "new", &bytes[..MIB]);
+            let path = rig.mountpoint().join("new");
+            eventually("a new clip", || path.exists());
+            let file = File::open(path).unwrap();
+            let refusal = handover::whole(&served.socket(), file.as_fd()).unwrap_err();
+            assert_eq!(refusal.reason, Reason::NoMetadata);
+            let stats = served.server().stats();
+            assert_eq!((stats.whole, stats.refused[&Reason::NoMetadata]), (1, 1));
+        },
+    );
 }
 
 /// What the server gives to a client cannot be made to write.
 #[test]
 fn the_descriptor_cannot_write_nor_be_shared() {
-    each_rclone(MIB, ALL, |rig, _| {
+    each_rclone(MIB, &["--allow-other", "--dir-cache-time=1s"], |rig, _| {
         let served = Served::of(rig);
         rig.cache_whole(Path::new(CLIP)).unwrap();
         let client = Raw::connect(&served.socket());
@@ -525,7 +527,7 @@ fn the_descriptor_cannot_write_nor_be_shared() {
         assert!(matches!(answer, Answer::Refused(r) if r.reason == Reason::Changed));
         // A mode by which others could open it anew for writing.
         let cached = cache_file(rig, "vfs", CLIP);
-        fs::set_permissions(&cached, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        fs::set_permissions(&cached, fs::Permissions::from_mode(0o666)).unwrap();
         let (reason, detail) = client.refused(&file);
         assert_eq!(reason, Reason::Permission, "{detail}");
     });

@@ -228,7 +228,7 @@ impl Epoch {
         if state != UNCHECKED {
             return Ok(state == PRESENT);
         }
-        self.check_metadata()?;
+        self.origin.check_lately()?;
         let margin = if self.proof.writable {
             self.proof.block
         } else {
@@ -263,7 +263,7 @@ impl Epoch {
     /// the cache having been touched.
     fn check_again(&self, companion: &Companion) -> Result<(), Refusal> {
         let now = coarse_ms();
-        self.check_metadata()?;
+        self.origin.check()?;
         if !self.proof.writable {
             check_read_only(self.dev)?;
         }
@@ -357,10 +357,6 @@ impl Epoch {
     /// Fills the buffer from the data file, of which all is proven.
     pub(super) fn read_whole(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
         self.pread(buffer, offset)
-    }
-
-    fn check_metadata(&self) -> Result<(), Refusal> {
-        self.origin.check()
     }
 
     /// Fills the buffer from the data file, at a range that was proven. On a

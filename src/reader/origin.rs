@@ -1,7 +1,7 @@
 //! Where a proof's metadata is looked at again.
 
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::companion::Companion;
@@ -10,6 +10,11 @@ use crate::cache::proof::Proof;
 use crate::cache::rclone::{FuseFile, MetadataFile, is_same_version};
 use crate::handover::Connection;
 use crate::reason::{Reason, Refusal};
+use crate::sys::coarse_ms;
+
+/// For so long a server's word counts for the next piece, too, milliseconds: to
+/// ask for each would cost a fast reader a twentieth of its time.
+const LATELY_MS: u64 = 20;
 
 /// What tells whether the metadata is still what was proven.
 pub(super) enum Origin {
@@ -18,6 +23,8 @@ pub(super) enum Origin {
     /// A handover server has, and is asked.
     Server {
         connection: Mutex<Connection>,
+        /// When it last said that all holds, [`coarse_ms`].
+        seen_ms: AtomicU64,
         /// Whether rclone knows that the clip is being read.
         pinned: AtomicBool,
     },
@@ -35,6 +42,7 @@ impl Origin {
     pub(super) fn server(connection: Connection) -> Self {
         Self::Server {
             connection: Mutex::new(connection),
+            seen_ms: AtomicU64::new(coarse_ms()),
             pinned: AtomicBool::new(false),
         }
     }
@@ -43,7 +51,30 @@ impl Origin {
     pub(super) fn check(&self) -> Result<(), Refusal> {
         match self {
             Self::Metadata(file) => hold(lock(file).unchanged()),
-            Self::Server { connection, .. } => lock(connection).check(),
+            Self::Server {
+                connection,
+                seen_ms,
+                ..
+            } => {
+                let now = coarse_ms();
+                lock(connection).check()?;
+                seen_ms.store(now, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`check`](Self::check), before a piece is first read. A server that
+    /// was asked for another piece just now is not asked again: what is read
+    /// from a piece later relies on looks that are a second apart.
+    pub(super) fn check_lately(&self) -> Result<(), Refusal> {
+        match self {
+            Self::Server { seen_ms, .. }
+                if coarse_ms().saturating_sub(seen_ms.load(Ordering::Relaxed)) < LATELY_MS =>
+            {
+                Ok(())
+            }
+            _ => self.check(),
         }
     }
 

@@ -103,7 +103,7 @@ pub(super) fn check_read_only(dev: Dev) -> Result<(), Refusal> {
             None => Ok(()),
             Some(mount) => Err(Refusal::new(
                 Reason::Changed,
-                format!("`{}` has been made writable", mount.point.display()),
+                format!("`{}` is writable", mount.point.display()),
             )),
         }
     })

@@ -126,7 +126,16 @@ fn from_server(
     let dev = Dev::from_st_dev(identity.0);
     let key = FileKey::new(None, identity);
     check_quarantine(&key)?;
-    check_read_only(dev)?;
+    check_read_only(dev).map_err(|refusal| {
+        let detail = format!(
+            "a server hands over clips of read-only mounts: {}",
+            refusal.detail
+        );
+        match refusal.reason {
+            Reason::Changed => Refusal::new(Reason::Unsupported, detail),
+            _ => refusal,
+        }
+    })?;
     let granted = Connection::open(socket)?.ranges(companion.share().as_fd(), pulled)?;
     // That it is a regular file of this size that cannot be written is checked.
     let data = granted.data;
