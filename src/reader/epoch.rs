@@ -120,6 +120,7 @@ impl Epoch {
     ) -> Result<Outcome, Refusal> {
         if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
             self.check_again(companion)?;
+            self.origin.pin(&self.proof, companion);
         }
         let limit =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
@@ -267,7 +268,6 @@ impl Epoch {
         if !self.proof.writable {
             check_read_only(self.dev)?;
         }
-        self.origin.pin(&self.proof, companion);
         match companion.metadata() {
             Ok(fuse)
                 if fuse.len() == self.proof.size

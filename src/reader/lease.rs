@@ -80,7 +80,9 @@ impl Lease for Proven {
     fn compare(&self, clip: BorrowedFd<'_>, offset: u64) -> Result<(), Refusal> {
         self.check()?;
         let io = |e: std::io::Error| Refusal::from_io("the clip", &e, Reason::IoError);
-        let clip = Companion::open(format!("/proc/self/fd/{}", clip.as_raw_fd()).as_ref());
+        // By the client's own description, which a read at an offset leaves as
+        // it is: to open the clip anew would drop the pages that the client saw.
+        let clip = clip.try_clone_to_owned().and_then(Companion::from_fd);
         let clip = clip.map_err(io)?;
         if clip.identity().map_err(io)? != self.0.key().identity() {
             let detail = "the descriptor is not of the clip that was handed over";
