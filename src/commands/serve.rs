@@ -1,6 +1,7 @@
 //! `run --socket`: the handover server beside the tracker.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -98,9 +99,10 @@ impl Summary {
         let by_reason = |counts: &BTreeMap<Reason, u64>| {
             let all: u64 = counts.values().sum();
             let each: Vec<String> = counts.iter().map(|(r, n)| format!("{r} {n}")).collect();
-            match each.is_empty() {
-                true => "0".to_owned(),
-                false => format!("{all} ({})", each.join(", ")),
+            if each.is_empty() {
+                "0".to_owned()
+            } else {
+                format!("{all} ({})", each.join(", "))
             }
         };
         let mut text = format!(
@@ -118,7 +120,8 @@ impl Summary {
             (self.dropped, "dropped"),
         ] {
             if count > 0 {
-                text.push_str(&format!(", {count} {what}"));
+                // Writing to a string does not fail.
+                let _ = write!(text, ", {count} {what}");
             }
         }
         text

@@ -13,15 +13,16 @@ use super::origin::{Origin, is_hidden};
 use super::prove::{self, Wanted, check_read_only};
 use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp, check_file_system};
+use crate::cache::rclone::Locator;
 use crate::cache::trail::Trail;
 use crate::handover::{Connection, VARIABLE};
-use crate::mounts::Dev;
+use crate::mounts::{Dev, Mount};
 use crate::reason::{Reason, Refusal};
 
 /// As small as file systems tell holes, bytes.
 const MIN_BLOCK: u64 = 4096;
-/// How long a mount whose cache is hidden from us is believed to stay so: each
-/// look for its daemon takes a millisecond.
+/// How long a mount whose cache is hidden from us is believed to stay so: to
+/// look for its daemon takes 10 ms where many processes run.
 const HIDDEN: Duration = Duration::from_secs(60);
 
 /// Which server is asked, and when.
@@ -58,19 +59,42 @@ impl Via {
             }
             return own();
         };
+        let server = || from_server(socket, companion, pulled);
+        if self.alone {
+            return server();
+        }
+        if nix::unistd::geteuid().is_root() || !is_on_rclone(companion) {
+            return match own() {
+                Err(refusal) if is_hidden(refusal.reason) => server(),
+                result => result,
+            };
+        }
+        // Others see too little of rclone to know what hides from them, and to
+        // look for it takes 10 times as long as to ask.
+        let refusal = match server() {
+            Ok(epoch) => return Ok(epoch),
+            Err(refusal) => refusal,
+        };
+        let lasts = matches!(refusal.reason, Reason::WriteOpen | Reason::Quarantined);
         let dev = dev(companion);
-        if !self.alone && !is_known_hidden(dev) {
-            match own() {
-                Err(refusal) if is_hidden(refusal.reason) => {}
-                result => return result,
+        if lasts || is_known_hidden(dev) {
+            return Err(refusal);
+        }
+        own().map_err(|own| {
+            if is_hidden(own.reason) {
+                note_hidden(dev);
             }
-        }
-        let epoch = from_server(socket, companion, pulled)?;
-        if !self.alone {
-            note_hidden(dev);
-        }
-        Ok(epoch)
+            refusal
+        })
     }
+}
+
+/// Whether the clip is on an rclone mount, by our mount table.
+fn is_on_rclone(companion: &Companion) -> bool {
+    companion.mount_id().is_ok_and(|id| {
+        let table = Locator::with(|locator| Ok(locator.table()));
+        table.is_ok_and(|table| table.by_id(id).is_some_and(Mount::is_rclone))
+    })
 }
 
 /// The superblock of the clip's mount; one of nothing, where it cannot be told.
@@ -80,7 +104,7 @@ fn dev(companion: &Companion) -> Dev {
         .map_or(Dev(u32::MAX), |(dev, _)| Dev::from_st_dev(dev))
 }
 
-/// The mounts whose clips a server has proven, since when.
+/// The mounts whose caches were hidden from us, since when.
 static KNOWN_HIDDEN: Mutex<Option<HashMap<Dev, Instant>>> = Mutex::new(None);
 
 fn is_known_hidden(dev: Dev) -> bool {
