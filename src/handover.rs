@@ -59,9 +59,13 @@ pub trait Source: Send + Sync + 'static {
     fn whole(&self, client: Client, clip: OwnedFd) -> Result<WholeFd, Refusal>;
 }
 
-/// A proof that was handed over, as long as the client wants it. To drop it
-/// must not wait for FUSE.
+/// A proof that was handed over, as long as the client wants it. Once settled,
+/// to drop it must not wait for FUSE.
 pub trait Lease: Send {
+    /// Closes what only the proof needed: the client has its answer, and this
+    /// may wait for FUSE.
+    fn settle(&mut self);
+
     /// A description of the cache file of the client's own, which cannot write.
     ///
     /// # Errors

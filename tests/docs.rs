@@ -21,6 +21,7 @@ const TESTS: &str = concat!(
     include_str!("breaker.rs"),
     include_str!("handover.rs"),
     include_str!("handover_strangers.rs"),
+    include_str!("handover_quarantine.rs"),
     include_str!("slow_disk.rs"),
     include_str!("snapshot.rs"),
     include_str!("snapshot_store.rs"),

@@ -7,45 +7,16 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::clips::*;
 use common::handover::*;
-use common::{Tracking, content, eventually, need_root, put, rig_with, run, stderr};
+use common::{content, eventually, put, rig_with, run, stderr};
 use nix::sys::signal::Signal;
+use vmafx_bypass::Reason;
 use vmafx_bypass::handover::protocol::{Answer, Request};
-use vmafx_bypass::rig::Rig;
-use vmafx_bypass::{BypassOptions, Reason, Verify};
-
-/// A mount with a cached clip, and a `run` that hands it over.
-fn serving(name: &str, arguments: &[&str]) -> (Rig, tempfile::TempDir, PathBuf, Tracking) {
-    need_root();
-    let rig = rig_with(options(Path::new("rclone"), &["--allow-other"]), |source| {
-        put(source, CLIP, &content(1, 2 * MIB));
-        put(source, "other", &content(2, MIB));
-    });
-    fs::set_permissions(rig.folder(), fs::Permissions::from_mode(0o755)).unwrap();
-    rig.cache_whole(Path::new(CLIP)).unwrap();
-    let folder = folder();
-    let socket = folder.path().join(name);
-    let all = [&["--socket", socket.to_str().unwrap()], arguments].concat();
-    let run = Tracking::start(&rig.mountpoint(), &all);
-    eventually("a socket", || Raw::try_connect(&socket).is_ok());
-    // What it opens once, and keeps.
-    is_well(&socket, &rig);
-    std::thread::sleep(Duration::from_millis(300));
-    (rig, folder, socket, run)
-}
-
-/// The server still answers, and rightly.
-fn is_well(socket: &Path, rig: &Rig) {
-    let options = BypassOptions::new().socket(socket).socket_alone();
-    let file = options.open(clip(rig)).unwrap();
-    assert_eq!(file.refusal(), None);
-    assert!(read_all(&file) == content(1, 2 * MIB));
-}
 
 #[test]
 fn descriptors_of_all_kinds_are_refused() {
@@ -328,46 +299,4 @@ fn the_socket_is_one_servers_and_as_asked_for() {
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let output = second(name, &["--socket-owner", "no-such-user"]);
     assert_eq!(output.status.code(), Some(2));
-}
-
-/// A difference that one client finds is looked at by the server, which then
-/// gives the clip to nobody.
-#[test]
-fn a_difference_takes_the_clip_from_all_clients() {
-    let (rig, _folder, socket, run) = serving("differs", &["--socket-mode", "0666"]);
-    let options = BypassOptions::new().socket(&socket).socket_alone();
-    // Through FUSE the kernel has the right bytes.
-    let bytes = fs::read(clip(&rig)).unwrap();
-    let named = ["--socket", socket.to_str().unwrap()];
-    let (_, stats) = read_by(&NOBODY, &clip(&rig), &named);
-    assert_eq!(stats["state"], "active", "{stats}");
-    let file = options.open(clip(&rig)).unwrap();
-    let other = options.open(clip(&rig)).unwrap();
-    assert_eq!((file.refusal(), other.refusal()), (None, None));
-    let file = file.verifying(Verify::Full);
-    // Only the kernel's pages have other bytes than the cache now: rclone itself
-    // would serve what is in the cache.
-    let plain = File::open(clip(&rig)).unwrap();
-    plain.read_exact_at(&mut vec![0; 2 * MIB], 0).unwrap();
-    let cached = cache_file(&rig, "vfs", CLIP);
-    let time = fs::metadata(&cached).unwrap().modified().unwrap();
-    let damaged = OpenOptions::new().write(true).open(&cached).unwrap();
-    damaged.write_all_at(b"damage", MIB as u64).unwrap();
-    // rclone shows this time, and the kernel drops its pages when it changes.
-    damaged.set_modified(time).unwrap();
-    let mut block = vec![0; 4096];
-    file.read_at(&mut block, MIB as u64).unwrap();
-    assert!(block == bytes[MIB..MIB + 4096], "FUSE's bytes are returned");
-    assert_eq!(file.mismatch(), Some(MIB as u64));
-    assert_eq!(file.refusal().unwrap().reason, Reason::Quarantined);
-    // In this process nobody reads it from the cache any more.
-    other.read_at(&mut block, 4096).unwrap();
-    assert_eq!(other.stats().cache_bytes, 0);
-    // Nor in any other that asks the server.
-    let (_, stats) = read_by(&NOBODY, &clip(&rig), &named);
-    assert_eq!(stats["state"], "quarantined", "{stats}");
-    let lines = run.end(Signal::SIGTERM);
-    let handover = &lines.last().unwrap()["handover"];
-    assert_eq!(handover["ended"]["quarantined"], 1, "{handover}");
-    assert_eq!(handover["refused"]["quarantined"], 1, "{handover}");
 }

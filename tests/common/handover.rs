@@ -24,8 +24,8 @@ use vmafx_bypass::rig::Rig;
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions, Snapshots};
 use vmafx_bypass::{BypassFile, BypassOptions, Clips, Reason};
 
-use super::clips::clip;
-use super::{eventually, program, stderr};
+use super::clips::{CLIP, MIB, clip, options, read_all};
+use super::{Tracking, content, eventually, need_root, program, put, rig_with, stderr};
 
 /// Who may do nothing.
 pub const NOBODY: [&str; 4] = [
@@ -99,7 +99,7 @@ impl Served {
 
     /// The rig's clip, cached, and proven by the server.
     pub fn open_cached(&self, rig: &Rig) -> BypassFile {
-        rig.cache_whole(Path::new(super::clips::CLIP)).unwrap();
+        rig.cache_whole(Path::new(CLIP)).unwrap();
         let file = self.open(&clip(rig));
         assert_eq!(file.refusal(), None);
         file
@@ -202,4 +202,32 @@ pub fn resources(pid: u32) -> (usize, u64) {
 /// Waits until a process has so many descriptors.
 pub fn settles_at(pid: u32, fds: usize) {
     eventually("descriptors closed", || resources(pid).0 <= fds);
+}
+
+/// A mount with a cached clip, and a `run` that hands it over.
+pub fn serving(name: &str, arguments: &[&str]) -> (Rig, tempfile::TempDir, PathBuf, Tracking) {
+    need_root();
+    let rig = rig_with(options(Path::new("rclone"), &["--allow-other"]), |source| {
+        put(source, CLIP, &content(1, 2 * MIB));
+        put(source, "other", &content(2, MIB));
+    });
+    fs::set_permissions(rig.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    rig.cache_whole(Path::new(CLIP)).unwrap();
+    let folder = folder();
+    let socket = folder.path().join(name);
+    let all = [&["--socket", socket.to_str().unwrap()], arguments].concat();
+    let run = Tracking::start(&rig.mountpoint(), &all);
+    eventually("a socket", || Raw::try_connect(&socket).is_ok());
+    // What it opens once, and keeps.
+    is_well(&socket, &rig);
+    std::thread::sleep(Duration::from_millis(300));
+    (rig, folder, socket, run)
+}
+
+/// The server still answers, and rightly.
+pub fn is_well(socket: &Path, rig: &Rig) {
+    let options = BypassOptions::new().socket(socket).socket_alone();
+    let file = options.open(clip(rig)).unwrap();
+    assert_eq!(file.refusal(), None);
+    assert!(read_all(&file) == content(1, 2 * MIB));
 }

@@ -61,7 +61,12 @@ impl Shared {
         match (packet.descriptors.pop(), packet.descriptors.is_empty()) {
             (Some(clip), true) if !packet.is_cut => {
                 let reply = self.answer_slow(client, request, clip);
-                self.reply(client, reply)
+                let next = self.reply(client, reply);
+                // A close of each of the clip's descriptors waits for rclone.
+                if let Some((_, lease)) = &mut *client.lease() {
+                    lease.settle();
+                }
+                next
             }
             _ => self.refuse_malformed(client, "comes with not one descriptor"),
         }
