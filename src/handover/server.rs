@@ -402,3 +402,6 @@ impl Connected {
         self.lease.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;
