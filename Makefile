@@ -69,7 +69,7 @@ bench-tracker: setup ## measure what `run` costs: ARGS='--json FILE --rounds 31'
 	cargo bench --locked --bench tracker -- $(ARGS)
 
 fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
-	for target in metadata fingerprint mountinfo; do mkdir -p fuzz/corpus/$$target && \
+	for target in metadata fingerprint mountinfo handover; do mkdir -p fuzz/corpus/$$target && \
 	    RUSTC_BOOTSTRAP=1 cargo fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
 	        -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done

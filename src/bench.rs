@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 pub use gate::{Check, Gate, Verdict};
 pub use statistics::Percentiles;
 
+use crate::BypassOptions;
 use engine::Opened;
 use offsets::random_offsets;
 
@@ -35,6 +36,8 @@ pub enum Engine {
     Fuse,
     /// [`BypassFile`](crate::BypassFile).
     Bypass,
+    /// The same, by the proof of a handover server.
+    Handover,
     /// read(2) and pread(2) on the cache file, without any proof.
     Raw,
 }
@@ -45,6 +48,7 @@ impl Engine {
         match self {
             Self::Fuse => "fuse",
             Self::Bypass => "bypass",
+            Self::Handover => "handover",
             Self::Raw => "raw",
         }
     }
@@ -86,6 +90,8 @@ pub struct Plan {
     pub block_sizes: Vec<usize>,
     /// Measured runs of each, at least 1.
     pub runs: u32,
+    /// The handover server; `None`: the one that `VMAFX_BYPASS_SOCKET` names.
+    pub socket: Option<PathBuf>,
 }
 
 /// One engine's result for one clip, pattern and block size.
@@ -189,7 +195,7 @@ pub fn measure(
         for &pattern in &plan.patterns {
             for &block_size in &plan.block_sizes {
                 progress(clip, pattern, block_size);
-                let case = Case::new(clip, pattern, block_size)?;
+                let case = Case::new(clip, pattern, block_size, plan.socket.as_deref())?;
                 results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
             }
         }
@@ -205,6 +211,8 @@ struct Case<'a> {
     size: u64,
     /// Where random reads start.
     offsets: Vec<u64>,
+    /// Which handover server is asked.
+    options: BypassOptions,
 }
 
 /// The samples of one engine as they come in.
@@ -217,7 +225,12 @@ struct Series {
 }
 
 impl<'a> Case<'a> {
-    fn new(clip: &'a Path, pattern: Pattern, block_size: usize) -> Result<Self, BenchError> {
+    fn new(
+        clip: &'a Path,
+        pattern: Pattern,
+        block_size: usize,
+        socket: Option<&Path>,
+    ) -> Result<Self, BenchError> {
         let size = std::fs::metadata(clip)
             .map_err(|error| BenchError::Io {
                 path: clip.into(),
@@ -235,12 +248,18 @@ impl<'a> Case<'a> {
         if pattern == Pattern::Open {
             offsets.truncate(OPENS);
         }
+        let options = BypassOptions::new();
+        let options = match socket {
+            Some(socket) => options.socket(socket),
+            None => options,
+        };
         Ok(Self {
             clip,
             pattern,
             block_size,
             size,
             offsets,
+            options,
         })
     }
 
@@ -291,7 +310,7 @@ impl<'a> Case<'a> {
 
     /// Reads once as a run does, and hashes what was read.
     fn checksum(&self, engine: Engine) -> Result<Series, BenchError> {
-        let mut file = Opened::open(engine, self.clip)?;
+        let mut file = Opened::open(engine, self.clip, &self.options)?;
         let mut hash = Sha256::new();
         self.read(&mut file, |bytes, _| hash.update(bytes))?;
         let mut sha256 = String::with_capacity(64);
@@ -317,7 +336,7 @@ impl<'a> Case<'a> {
             return self.open_and_read(series);
         }
         let opening = Instant::now();
-        let mut file = Opened::open(series.engine, self.clip)?;
+        let mut file = Opened::open(series.engine, self.clip, &self.options)?;
         series.open_ns.push(opening.elapsed().as_nanos() as u64);
         let started = Instant::now();
         match self.pattern {
@@ -341,14 +360,14 @@ impl<'a> Case<'a> {
         // The raw file's path comes from a proof, which is not raw's to pay.
         let proven = match series.engine {
             Engine::Raw => Some(Opened::raw_path(self.clip)?),
-            Engine::Fuse | Engine::Bypass => None,
+            Engine::Fuse | Engine::Bypass | Engine::Handover => None,
         };
         let mut block = vec![0; self.block_size];
         for &offset in &self.offsets {
             let started = Instant::now();
             let file = match &proven {
                 Some(path) => Opened::Plain(File::open(path).map_err(|e| self.io(e))?),
-                None => Opened::open(series.engine, self.clip)?,
+                None => Opened::open(series.engine, self.clip, &self.options)?,
             };
             series.open_ns.push(started.elapsed().as_nanos() as u64);
             file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
@@ -444,6 +463,7 @@ mod tests {
             patterns: vec![Pattern::Sequential, Pattern::Random, Pattern::Open],
             block_sizes: vec![4096],
             runs: 3,
+            socket: None,
         };
         let results = measure(&plan, |_, _, _| {}, || false).unwrap();
         assert_eq!(results.len(), 6);

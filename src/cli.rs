@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vmafx_bypass::handover::Owner;
 
 /// Reads clips that rclone has cached past FUSE, never at the price of a wrong byte.
 ///
@@ -80,6 +81,21 @@ pub struct RunArgs {
     /// How to print events.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
+    /// Hand proven cache files over, at this Unix socket, to those who hold a
+    /// clip below a prefix open and may not open the cache.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Who may ask: the socket file's mode, octal.
+    #[arg(long, default_value = "0660", value_name = "MODE", value_parser = parse_mode,
+          requires = "socket")]
+    pub socket_mode: u32,
+    /// Whose the socket file is: user:group, user, or :group.
+    #[arg(long, value_name = "OWNER", requires = "socket")]
+    pub socket_owner: Option<Owner>,
+    /// Bytes of memory that whole clips which are handed over may take, where
+    /// the cache's file system has no reflinks.
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", requires = "socket")]
+    pub copy_budget: Size,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -143,6 +159,10 @@ pub struct ReadArgs {
     /// written, and the exit code is 4.
     #[arg(long, value_enum, default_value_t = VerifyMode::Off)]
     pub verify: VerifyMode,
+    /// Where the cache may not be opened, ask the server of `run --socket` at
+    /// this socket; by default the one that VMAFX_BYPASS_SOCKET names.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
     /// Tell on standard error which way the bytes came.
     #[arg(long, value_enum, num_args = 0..=1, require_equals = true,
           default_missing_value = "text", value_name = "FORMAT")]
@@ -224,6 +244,11 @@ pub struct BenchArgs {
         value_delimiter = ','
     )]
     pub engines: Vec<Engine>,
+    /// The socket of `run --socket`: for the engine `handover`, and for `bypass`
+    /// where the cache may not be opened; by default the one that
+    /// VMAFX_BYPASS_SOCKET names.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
     /// Fail with exit 5 where FUSE is not so many times slower than the bypass:
     /// one number, or by block size (`4KiB=12,64KiB=20`); sequential reads.
     #[arg(long, value_delimiter = ',', value_name = "RATIO")]
@@ -250,6 +275,8 @@ pub enum Engine {
     Fuse,
     /// This program's reader.
     Bypass,
+    /// The same by a server's proof, even where the cache may be opened.
+    Handover,
     /// pread(2) on the cache file, without any proof.
     Raw,
 }
@@ -312,6 +339,13 @@ fn parse_block_size(text: &str) -> Result<Size, String> {
     match text.parse()? {
         size @ Size(1..=0x1000_0000) => Ok(size),
         _ => Err("a block has 1 byte to 256MiB".into()),
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode @ 0..=0o777) => Ok(mode),
+        _ => Err("not a mode; write it as 0660".into()),
     }
 }
 

@@ -8,4 +8,6 @@ mod estimate;
 pub mod explain;
 pub mod read;
 pub mod run;
+#[cfg(feature = "ebpf")]
+mod serve;
 pub mod warm;

@@ -8,6 +8,7 @@
     feature = "ebpf",
     doc = "- [`Tracker`] knows which descriptors on a mount are open, host-wide, from\n  tracepoints."
 )]
+//! - [`handover`] gives cache files to processes that may not open them.
 //! - [`snapshot`] hands whole clips over, as descriptors whose bytes never change.
 //! - [`mod@bench`] compares the ways to read a clip.
 //! - [`warm`] completes clips in the cache.
@@ -16,6 +17,8 @@
 
 pub mod bench;
 pub mod cache;
+mod clips;
+pub mod handover;
 pub mod mounts;
 pub mod optin;
 pub mod reader;
@@ -27,7 +30,8 @@ mod sys;
 pub mod tracker;
 pub mod warm;
 
-pub use reader::{BypassFile, Explanation, ReadStats, Verify};
+pub use clips::Clips;
+pub use reader::{BypassFile, BypassOptions, Explanation, ReadStats, Verify};
 pub use reason::{Reason, Refusal};
 #[cfg(feature = "ebpf")]
 pub use tracker::{Tracker, TrackerOptions};

@@ -33,6 +33,12 @@ impl Notes {
         self.quiet
     }
 
+    /// Whether `-v` was given.
+    #[cfg(feature = "ebpf")]
+    pub fn is_verbose(&self) -> bool {
+        self.verbose
+    }
+
     /// Something the user should know.
     pub fn note(&self, message: impl std::fmt::Display) {
         if !self.quiet {

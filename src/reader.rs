@@ -5,8 +5,13 @@ mod buffer;
 mod companion;
 mod epoch;
 mod explain;
+mod lease;
+mod options;
+mod origin;
 mod prove;
 mod pulled;
+mod remote;
+mod state;
 mod stats;
 mod verify;
 mod whole;
@@ -17,29 +22,27 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 pub use explain::Explanation;
+pub(crate) use lease::Proven;
+pub use options::BypassOptions;
 pub use stats::ReadStats;
 
 use crate::cache::ranges::Span;
-use crate::cache::trail::Trail;
 use crate::optin::{self, OptIn};
 use crate::reason::{Reason, Refusal};
 use buffer::ReadAhead;
 use companion::Companion;
 use epoch::{Epoch, Outcome};
-use prove::Wanted;
+use remote::Via;
+use state::{RETRY_AFTER, State, never, state_of};
 use stats::Counters;
 pub use verify::Verify;
 use verify::{Verdict, Verifier};
 pub(crate) use whole::{Shown, Vigil, WholeClip};
 
-/// How often a proof that could not be had, or has ended, is tried again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Failed proofs in a row that lengthen the time to the next: up to a minute.
-const MAX_DOUBLINGS: u32 = 6;
 /// States that one read looks at before it goes through FUSE: a proof that
 /// has ended, what came in its place, and once more.
 const STATES_PER_READ: u32 = 4;
@@ -78,6 +81,8 @@ const NOT_PULLED: u64 = u64::MAX;
 /// sequential reads cheap.
 pub struct BypassFile {
     companion: Companion,
+    /// Who may prove it, if we may not.
+    via: Via,
     state: ArcSwap<State>,
     /// Held while a proof is gathered, so that one thread does it.
     proving: Mutex<()>,
@@ -94,31 +99,15 @@ pub struct BypassFile {
     ahead: ReadAhead,
 }
 
-// Always behind one Arc; a box would cost each read another step.
-#[allow(clippy::large_enum_variant)]
-enum State {
-    /// Proven ranges are read from the cache.
-    Active(Epoch),
-    /// All goes through FUSE; `again`: when another proof may be tried.
-    Fuse {
-        refusal: Refusal,
-        again: Option<Instant>,
-    },
-}
-
 impl BypassFile {
-    /// Opens a file for reading.
+    /// Opens a file for reading. Where its cache may not be opened, a handover
+    /// server is asked, if `VMAFX_BYPASS_SOCKET` names one; see
+    /// [`BypassOptions`].
     ///
     /// # Errors
     /// Those of open(2) on the path itself. That it cannot be bypassed is no error.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
-        Ok(Self::new(Companion::open(path.as_ref())?))
-    }
-
-    /// As [`open`](Self::open), also where the opt-in switches every bypass
-    /// off: for measuring what that costs.
-    pub(crate) fn open_to_measure(path: &Path) -> io::Result<Self> {
-        Ok(Self::proven(Companion::open(path)?))
+        BypassOptions::new().open(path)
     }
 
     /// Takes a descriptor that the caller has opened through FUSE, and reads
@@ -128,7 +117,7 @@ impl BypassFile {
     /// # Errors
     /// Where the descriptor is not of a regular file that is open for reading.
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Self::new(Companion::from_fd(fd)?))
+        BypassOptions::new().from_fd(fd)
     }
 
     /// Opens a file to be read through FUSE alone, for comparison.
@@ -138,30 +127,32 @@ impl BypassFile {
     pub fn open_fuse_only(path: impl AsRef<Path>) -> io::Result<Self> {
         let companion = Companion::open(path.as_ref())?;
         let refusal = Refusal::new(Reason::Disabled, "the caller asked for fuse alone");
-        Ok(Self::with_state(
-            companion,
-            never(refusal),
-            AtomicU32::new(0),
-        ))
+        Ok(Self::unproven(companion, Via::default(), refusal))
     }
 
-    fn new(companion: Companion) -> Self {
+    fn new(companion: Companion, via: Via) -> Self {
         if optin::from_env() == OptIn::Killed {
             let refusal = Refusal::new(Reason::Disabled, format!("{}=0", optin::VARIABLE));
-            return Self::with_state(companion, never(refusal), AtomicU32::new(0));
+            return Self::unproven(companion, via, refusal);
         }
-        Self::proven(companion)
+        Self::proven(companion, via)
     }
 
-    fn proven(companion: Companion) -> Self {
+    /// Also where the opt-in switches every bypass off.
+    fn proven(companion: Companion, via: Via) -> Self {
         let failures = AtomicU32::new(0);
-        let state = state_of(&companion, None, &failures);
-        Self::with_state(companion, state, failures)
+        let state = state_of(&companion, &via, None, &failures);
+        Self::with_state(companion, via, state, failures)
     }
 
-    fn with_state(companion: Companion, state: State, failures: AtomicU32) -> Self {
+    fn unproven(companion: Companion, via: Via, refusal: Refusal) -> Self {
+        Self::with_state(companion, via, never(refusal), AtomicU32::new(0))
+    }
+
+    fn with_state(companion: Companion, via: Via, state: State, failures: AtomicU32) -> Self {
         Self {
             companion,
+            via,
             state: ArcSwap::from_pointee(state),
             proving: Mutex::new(()),
             failures,
@@ -388,42 +379,10 @@ impl BypassFile {
         if Arc::ptr_eq(&self.state.load(), old) {
             let pulled = self.pulled.load(Ordering::Relaxed);
             let pulled = (pulled != NOT_PULLED).then_some(pulled);
-            let state = state_of(&self.companion, pulled, &self.failures);
+            let state = state_of(&self.companion, &self.via, pulled, &self.failures);
             self.state.store(Arc::new(state));
         }
         true
-    }
-}
-
-/// A state that stays.
-fn never(refusal: Refusal) -> State {
-    State::Fuse {
-        refusal,
-        again: None,
-    }
-}
-
-/// The state that a proof leads to, or its refusal. `failures`: how many proofs
-/// in a row could not be had; each doubles the time to the next try, because a
-/// try looks the path up, for which rclone may ask a slow remote.
-fn state_of(companion: &Companion, pulled: Option<u64>, failures: &AtomicU32) -> State {
-    match prove::prove(companion, pulled, Wanted::Ranges, &mut Trail::off()) {
-        Ok(epoch) => {
-            failures.store(0, Ordering::Relaxed);
-            State::Active(epoch)
-        }
-        Err(refusal) => {
-            let lasting = matches!(
-                refusal.reason,
-                Reason::NotFuse | Reason::WriteOpen | Reason::Quarantined
-            );
-            let doublings = failures.fetch_add(1, Ordering::Relaxed).min(MAX_DOUBLINGS);
-            let wait = RETRY_AFTER * (1 << doublings);
-            State::Fuse {
-                again: (!lasting).then(|| Instant::now() + wait),
-                refusal,
-            }
-        }
     }
 }
 

@@ -98,7 +98,7 @@ reasons! {
     /// The cache file or its metadata changed while it was read.
     Changed = "changed", "nothing to do: the clip changed, or was evicted; reads go on through FUSE";
     /// The cache, or the daemon's /proc, may not be read.
-    Permission = "permission", "run as rclone's user, or with CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE";
+    Permission = "permission", "run as rclone's user, with CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE, or set VMAFX_BYPASS_SOCKET to the socket of `run --socket`";
     /// The descriptor is open for writing.
     WriteOpen = "write_open", "open the clip read-only";
     /// A system call failed on the way to a proof.
@@ -108,6 +108,8 @@ reasons! {
     Quarantined = "quarantined", "report it with the offset: bypassed and FUSE's bytes differed";
     /// More than one cache file or daemon could be the right one.
     Ambiguous = "ambiguous", "give each mount its own cache folder, and start rclone with the mount point as an argument";
+    /// The handover server is gone, silent, busy or not to be trusted.
+    Handover = "handover", "start `vmafx-bypass run --socket` as root; see the message";
     /// The clip was handed over without a snapshot: its bytes may change when the
     /// remote's do.
     Live = "live", "use --snapshot auto, unless the remote's clips never change";

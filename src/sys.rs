@@ -116,6 +116,50 @@ pub(crate) fn pages(file: impl AsFd, offset: u64, length: u64) -> io::Result<Pag
     }
 }
 
+/// Who is at the other end of a Unix socket: as it was when that end connected,
+/// or began to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Peer {
+    /// In our pid namespace; 0 where it is not in it.
+    pub(crate) pid: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// SO_PEERCRED. rustix has it with a pid that must not be 0, which it is for a
+/// process that our pid namespace does not show.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub(crate) fn peer(socket: impl AsFd) -> io::Result<Peer> {
+    let mut found = nix::libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut length = size_of_val(&found) as nix::libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into `found` and the
+    // length that it wrote into `length`; both are alive, and any bytes are a
+    // valid `ucred`. The descriptor is borrowed for the call.
+    let result = unsafe {
+        nix::libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            nix::libc::SOL_SOCKET,
+            nix::libc::SO_PEERCRED,
+            (&raw mut found).cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Peer {
+        pid: found.pid.unsigned_abs(),
+        uid: found.uid,
+        gid: found.gid,
+    })
+}
+
 /// Whether anyone has a file open for writing. Its owner may ask, or whoever
 /// has CAP_LEASE.
 ///
@@ -175,6 +219,16 @@ mod tests {
         assert_eq!(start_time(own), start_time(own));
         assert_eq!(start_time(u32::MAX), None);
         assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));
+    }
+
+    #[test]
+    fn the_peer_of_our_own_socket_is_us() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let found = peer(&one).unwrap();
+        assert_eq!(found.pid, std::process::id());
+        assert_eq!(found.uid, nix::unistd::geteuid().as_raw());
+        assert_eq!(found.gid, nix::unistd::getegid().as_raw());
+        assert!(peer(std::fs::File::open("/dev/null").unwrap()).is_err());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::{BenchError, Engine};
-use crate::BypassFile;
+use crate::{BypassFile, BypassOptions};
 
 /// An open clip.
 pub(super) enum Opened {
@@ -15,15 +15,23 @@ pub(super) enum Opened {
 }
 
 impl Opened {
-    pub(super) fn open(engine: Engine, clip: &Path) -> Result<Self, BenchError> {
+    pub(super) fn open(
+        engine: Engine,
+        clip: &Path,
+        options: &BypassOptions,
+    ) -> Result<Self, BenchError> {
         let io = |error| BenchError::Io {
             path: clip.into(),
             error,
         };
         match engine {
             Engine::Fuse => File::open(clip).map(Self::Plain).map_err(io),
-            Engine::Bypass => {
-                let file = BypassFile::open_to_measure(clip).map_err(io)?;
+            Engine::Bypass | Engine::Handover => {
+                let options = match engine {
+                    Engine::Handover => options.clone().socket_alone(),
+                    _ => options.clone(),
+                };
+                let file = options.open_to_measure(clip).map_err(io)?;
                 Ok(Self::Bypass(Box::new(file)))
             }
             Engine::Raw => File::open(Self::raw_path(clip)?)
@@ -34,10 +42,12 @@ impl Opened {
 
     /// Where a clip's cache file is, if it is proven.
     pub(super) fn raw_path(clip: &Path) -> Result<PathBuf, BenchError> {
-        let file = BypassFile::open_to_measure(clip).map_err(|error| BenchError::Io {
-            path: clip.into(),
-            error,
-        })?;
+        let file = BypassOptions::new()
+            .open_to_measure(clip)
+            .map_err(|error| BenchError::Io {
+                path: clip.into(),
+                error,
+            })?;
         if let Some(refusal) = file.refusal() {
             return Err(BenchError::NotBypassed {
                 path: clip.into(),

@@ -200,17 +200,22 @@ fn not_shared(mount: &MountFacts) -> Found {
 }
 
 fn file_system(facts: &Facts) -> Found {
+    check_file_system(facts.data_fs)
+}
+
+/// Whether a file system, by its statfs(2) type, tells holes.
+///
+/// # Errors
+/// [`Reason::Unsupported`] where it is not known to.
+pub fn check_file_system(magic: i64) -> Found {
     let known = SEEK_HOLE_FILE_SYSTEMS
         .iter()
-        .find(|(magic, _)| *magic == facts.data_fs);
+        .find(|(known, _)| *known == magic);
     match known {
         Some((_, name)) => Ok((*name).into()),
         None => refuse(
             Reason::Unsupported,
-            format!(
-                "the cache's file system (type {:#x}) is not known to report holes",
-                facts.data_fs
-            ),
+            format!("the cache's file system (type {magic:#x}) is not known to report holes"),
         ),
     }
 }

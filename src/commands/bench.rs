@@ -77,15 +77,14 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     sink.finish()?;
 
     for result in results.iter().filter(|r| r.fuse_bytes > 0) {
-        if result.engine == Engine::Bypass {
-            notes.note(format_args!(
-                "warning: `{}`, {}, blocks of {}: {} of the bypass came through FUSE",
-                result.path.display(),
-                result.pattern.name(),
-                human_bytes(result.block_size as u64),
-                human_bytes(result.fuse_bytes)
-            ));
-        }
+        notes.note(format_args!(
+            "warning: `{}`, {}, blocks of {}: {} of {} came through FUSE",
+            result.path.display(),
+            result.pattern.name(),
+            human_bytes(result.block_size as u64),
+            human_bytes(result.fuse_bytes),
+            result.engine.name()
+        ));
     }
     match verdict {
         Some(verdict) if !verdict.pass => Err(missed(&verdict)),
@@ -121,6 +120,7 @@ fn plan(args: &BenchArgs) -> Plan {
     let engines = args.engines.iter().map(|engine| match engine {
         cli::Engine::Fuse => Engine::Fuse,
         cli::Engine::Bypass => Engine::Bypass,
+        cli::Engine::Handover => Engine::Handover,
         cli::Engine::Raw => Engine::Raw,
     });
     let patterns = args.pattern.iter().map(|pattern| match pattern {
@@ -135,6 +135,7 @@ fn plan(args: &BenchArgs) -> Plan {
         patterns: unique(patterns),
         block_sizes: unique(args.block_size.iter().map(|size| size.0 as usize)),
         runs: args.runs,
+        socket: args.socket.clone(),
     }
 }
 

@@ -1,11 +1,12 @@
 //! `read`: the bytes of a file, by the way that is proven.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vmafx_bypass::{BypassFile, Reason, Verify};
+use vmafx_bypass::{BypassFile, BypassOptions, Reason, Verify};
 
 use crate::cli::{Format, ReadArgs, ReadEngine, VerifyMode};
 use crate::exit::{Coded, Exit};
@@ -18,7 +19,7 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let started = Instant::now();
     let file = match args.engine {
         ReadEngine::Fuse => BypassFile::open_fuse_only(&args.path),
-        ReadEngine::Auto | ReadEngine::Pread => BypassFile::open(&args.path),
+        ReadEngine::Auto | ReadEngine::Pread => options(args.socket.as_deref()).open(&args.path),
     }
     .with_context(|| format!("`{}`", args.path.display()))?
     .verifying(match args.verify {
@@ -89,6 +90,15 @@ pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         ));
     }
     Ok(Exit::Done)
+}
+
+/// How to open, by a server at this socket or by the environment's.
+pub fn options(socket: Option<&Path>) -> BypassOptions {
+    let options = BypassOptions::new();
+    match socket {
+        Some(socket) => options.socket(socket),
+        None => options,
+    }
 }
 
 #[derive(Serialize)]

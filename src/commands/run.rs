@@ -67,6 +67,7 @@ mod tracking {
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
     use crate::cli::{Attach, Format, Wait};
     use crate::commands::estimate::{self, Estimator};
+    use crate::commands::serve;
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
     use crate::signals::Interrupted;
 
@@ -113,6 +114,7 @@ mod tracking {
                 "warning: in a pid namespace of its own: processes outside of it are not shown",
             );
         }
+        let server = serve::start(args, notes)?;
         let mut printer = Printer::new(args, notes, tracker.attach_mode());
         let ended = printer
             .begin(&tracker.watches())
@@ -133,7 +135,9 @@ mod tracking {
         let (events, losses) = (tracker.events(), tracker.losses());
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         let tracked = entries.len();
-        let summarised = printer.end(events, tracked, complete, &losses);
+        let handover = server.as_ref().map(|server| server.stats().into());
+        drop(server);
+        let summarised = printer.end(events, tracked, complete, &losses, handover.as_ref());
         if ended.is_ok() && summarised.is_ok() {
             interrupted.note_told();
         }
@@ -405,16 +409,21 @@ mod tracking {
             tracked: usize,
             complete: bool,
             losses: &Losses,
+            handover: Option<&serve::Summary>,
         ) -> Result<()> {
             if self.format == Format::Json {
-                self.json(&serde_json::json!({
+                let mut summary = serde_json::json!({
                     "event": "summary",
                     "ts": output::time(std::time::SystemTime::now()),
                     "events": events,
                     "tracked": tracked,
                     "complete": complete,
                     "losses": losses_json(losses),
-                }))?;
+                });
+                if let Some(handover) = handover {
+                    summary["handover"] = serde_json::to_value(handover)?;
+                }
+                self.json(&summary)?;
             } else {
                 let lost = match losses_text(losses) {
                     None => "nothing lost".to_owned(),
@@ -424,6 +433,9 @@ mod tracking {
                 output::report(format_args!(
                     "summary: {events} events, {tracked} descriptors still open, {lost}"
                 ));
+                if let Some(handover) = handover {
+                    output::report(handover.text());
+                }
             }
             self.flush().context("standard output")
         }

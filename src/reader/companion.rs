@@ -93,6 +93,11 @@ impl Companion {
         self.writable
     }
 
+    /// Whether nobody has read through the descriptor, nor shares it.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Relaxed)
+    }
+
     pub(super) fn metadata(&self) -> io::Result<fs::Metadata> {
         self.file.load().metadata()
     }
@@ -107,6 +112,24 @@ impl Companion {
         let file = self.file.load();
         let stat = rustix::fs::statx(&**file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID);
         mount_id(&stat)
+    }
+
+    /// The descriptor, to be sent to another process: its flags are not ours
+    /// alone to change any more.
+    pub(super) fn share(&self) -> Arc<File> {
+        self.fresh.store(false, Ordering::Relaxed);
+        self.file.load_full()
+    }
+
+    /// Opens the file anew, for a proof after another: a handle that was read
+    /// through before may be of an older version.
+    pub(super) fn renew(&self) -> io::Result<()> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+            .open(link(&self.file.load()))?;
+        self.file.store(Arc::new(file));
+        Ok(())
     }
 
     /// Whether the kernel has pages of a range. They may be newer than what

@@ -6,19 +6,18 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::companion::Companion;
+use super::origin::Origin;
 use super::prove::check_read_only;
 use super::pulled::Pulled;
 use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
-use crate::cache::rclone::{MetadataFile, is_same_version};
 use crate::mounts::Dev;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
@@ -55,7 +54,8 @@ pub(super) struct Epoch {
     checked: Box<[AtomicU8]>,
     /// `None`: what is read through FUSE may not be in the data file.
     pulled: Option<Pulled>,
-    metadata: Mutex<MetadataFile>,
+    /// Tells whether the metadata is still what was proven.
+    origin: Origin,
     /// The superblock of the clip's mount.
     dev: Dev,
     key: FileKey,
@@ -71,7 +71,7 @@ impl Epoch {
     pub(super) fn new(
         proof: Proof,
         data: File,
-        metadata: MetadataFile,
+        origin: Origin,
         path: PathBuf,
         caches_reads: bool,
         dev: Dev,
@@ -85,7 +85,7 @@ impl Epoch {
             checked: pieces.iter().map(|_| AtomicU8::new(UNCHECKED)).collect(),
             pieces,
             pulled: caches_reads.then(Pulled::default),
-            metadata: Mutex::new(metadata),
+            origin,
             dev,
             key,
             seen_ms: AtomicU64::new(coarse_ms()),
@@ -120,6 +120,7 @@ impl Epoch {
     ) -> Result<Outcome, Refusal> {
         if coarse_ms().saturating_sub(self.seen_ms.load(Ordering::Relaxed)) >= RECHECK_MS {
             self.check_again(companion)?;
+            self.origin.pin(&self.proof, companion);
         }
         let limit =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
@@ -228,7 +229,7 @@ impl Epoch {
         if state != UNCHECKED {
             return Ok(state == PRESENT);
         }
-        self.check_metadata()?;
+        self.origin.check_lately()?;
         let margin = if self.proof.writable {
             self.proof.block
         } else {
@@ -263,7 +264,7 @@ impl Epoch {
     /// the cache having been touched.
     fn check_again(&self, companion: &Companion) -> Result<(), Refusal> {
         let now = coarse_ms();
-        self.check_metadata()?;
+        self.origin.check()?;
         if !self.proof.writable {
             check_read_only(self.dev)?;
         }
@@ -308,9 +309,7 @@ impl Epoch {
     pub(super) fn check_version(&self) -> Result<(), Refusal> {
         check_quarantine(&self.key)?;
         check_read_only(self.dev)?;
-        if !self.lock_metadata().is_same_version_still() {
-            return Err(changed("has new metadata"));
-        }
+        self.origin.check_version()?;
         // Last: before anyone gets a newer version through FUSE, rclone unlinks
         // the old one's file.
         self.check_data()
@@ -323,16 +322,31 @@ impl Epoch {
             let stat = stat.map_err(|e| epoch.failed("fstat", e.into()))?;
             Ok((stat.st_dev, stat.st_ino))
         };
-        let metadata = |epoch: &Self| epoch.lock_metadata().bytes.clone();
         Ok(self.key == other.key
             && (self.proof.size, self.proof.modified) == (other.proof.size, other.proof.modified)
             && identity(self)? == identity(other)?
-            && is_same_version(&metadata(self), &metadata(other)))
+            && self.origin.is_same_version(&other.origin))
     }
 
     /// The clip's size, bytes, and its modification time.
     pub(super) fn version(&self) -> (u64, Timestamp) {
         (self.proof.size, self.proof.modified)
+    }
+
+    /// What is proven.
+    pub(super) fn proof(&self) -> &Proof {
+        &self.proof
+    }
+
+    /// Whether what is read through FUSE goes into the cache file.
+    pub(super) fn caches_reads(&self) -> bool {
+        self.pulled.is_some()
+    }
+
+    /// Tells a difference between the cache and FUSE to the server that gave
+    /// the proof, if one did: it looks for itself, and warns its other clients.
+    pub(super) fn tell_difference(&self, offset: u64, companion: &Companion) {
+        self.origin.tell_difference(offset, companion);
     }
 
     /// The cache file; reading it gives none of this type's guarantees.
@@ -343,17 +357,6 @@ impl Epoch {
     /// Fills the buffer from the data file, of which all is proven.
     pub(super) fn read_whole(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
         self.pread(buffer, offset)
-    }
-
-    fn check_metadata(&self) -> Result<(), Refusal> {
-        if !self.lock_metadata().unchanged() {
-            return Err(changed("has new metadata"));
-        }
-        Ok(())
-    }
-
-    fn lock_metadata(&self) -> MutexGuard<'_, MetadataFile> {
-        self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fills the buffer from the data file, at a range that was proven. On a
@@ -387,8 +390,8 @@ impl Epoch {
     /// Fills the buffer from a range that was read before, to compare it.
     pub(super) fn read_again(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
         self.pread(buffer, offset)?;
-        if self.proof.writable && !self.lock_metadata().unchanged_in_place() {
-            return Err(changed("has new metadata"));
+        if self.proof.writable {
+            self.origin.check_in_place()?;
         }
         Ok(())
     }
@@ -434,6 +437,6 @@ fn is_without_daemon(error: &io::Error) -> bool {
     matches!(error.kind(), NotConnected | ConnectionAborted)
 }
 
-fn changed(what: &str) -> Refusal {
+pub(super) fn changed(what: &str) -> Refusal {
     Refusal::new(Reason::Changed, format!("the cache file {what}"))
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::companion::{self, Companion};
 use super::epoch::Epoch;
+use super::origin::Origin;
 use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof;
 use crate::cache::rclone::{self, Clip, Locator};
@@ -57,7 +58,7 @@ pub(super) fn prove(
         .identity()
         .map_err(|e| Refusal::from_io(format_args!("`{}`", path.display()), &e, Reason::IoError));
     let identity = trail.failure(Gate::Identity, identity)?;
-    let key = FileKey::new(located.daemon.clone(), identity);
+    let key = FileKey::new(Some(located.daemon.clone()), identity);
     check_quarantine(&key)?;
     // Before anything is asked of rclone: for such a mount no answer helps.
     proof::check_mount(&located.mount_facts(), trail)?;
@@ -86,7 +87,7 @@ pub(super) fn prove(
     Ok(Epoch::new(
         proof,
         gathered.data,
-        gathered.metadata,
+        Origin::metadata(gathered.metadata),
         located.folders.data_path(&inside),
         located.says_it_caches_reads(),
         mount.dev,
@@ -102,7 +103,7 @@ pub(super) fn check_read_only(dev: Dev) -> Result<(), Refusal> {
             None => Ok(()),
             Some(mount) => Err(Refusal::new(
                 Reason::Changed,
-                format!("`{}` has been made writable", mount.point.display()),
+                format!("`{}` is writable", mount.point.display()),
             )),
         }
     })

@@ -108,6 +108,7 @@ impl Verifier {
         // Of several threads, the first to find one tells.
         let _ = self.mismatch.set(differs);
         quarantine(epoch.key());
+        epoch.tell_difference(differs, companion);
         Err(Refusal::new(
             Reason::Quarantined,
             format!(
@@ -149,13 +150,19 @@ fn read_fuse(
 /// inode of the superblock that it serves, which another may have after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct FileKey {
-    daemon: Daemon,
+    /// `None` where it is hidden from us.
+    daemon: Option<Daemon>,
     identity: (u64, u64),
 }
 
 impl FileKey {
-    pub(super) fn new(daemon: Daemon, identity: (u64, u64)) -> Self {
+    pub(super) fn new(daemon: Option<Daemon>, identity: (u64, u64)) -> Self {
         Self { daemon, identity }
+    }
+
+    /// Device and inode, as FUSE shows them.
+    pub(super) fn identity(&self) -> (u64, u64) {
+        self.identity
     }
 }
 

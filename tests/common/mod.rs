@@ -7,6 +7,8 @@ pub mod clips;
 
 pub mod fds;
 
+pub mod handover;
+
 pub mod snapshots;
 
 pub mod xfs;

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
 
@@ -128,6 +128,8 @@ impl From<&rustix::fs::Stat> for Stamp {
 const TWO_TICKS_NS: i128 = 20_000_000;
 /// Larger than any metadata file: one of 100,000 ranges has about 6 MB.
 const MAX_BYTES: u64 = 64 << 20;
+/// How long rclone may take to write one again, on a busy host.
+const REWRITE: Duration = Duration::from_millis(100);
 /// Reads before a file that keeps changing is given up.
 const TRIES: u32 = 4;
 
@@ -165,12 +167,18 @@ impl MetadataFile {
         if self.unchanged() {
             return true;
         }
-        match read_metadata(&self.path) {
-            Ok(now) if is_same_version(&now.bytes, &self.bytes) => {
-                *self = now;
-                true
+        let deadline = Instant::now() + REWRITE;
+        loop {
+            match read_metadata(&self.path) {
+                Ok(now) if is_same_version(&now.bytes, &self.bytes) => {
+                    *self = now;
+                    return true;
+                }
+                // It is being written at the moment.
+                Err(refusal)
+                    if refusal.reason == Reason::BadMetadata && Instant::now() < deadline => {}
+                _ => return false,
             }
-            _ => false,
         }
     }
 
@@ -212,7 +220,7 @@ pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
         match read_once(path) {
             Ok(Some(file)) => return Ok(file),
             // rclone writes it in well under a millisecond.
-            Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Ok(None) => std::thread::sleep(Duration::from_millis(1)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(Refusal::new(
                     Reason::NoMetadata,
