@@ -103,7 +103,7 @@ impl Source for Clips {
             let detail = "the mount is writable: only read-only mounts' clips are handed over";
             return Err(Refusal::new(Reason::Unsupported, detail));
         }
-        Ok(Box::new(Proven::of(admitted.clip, pulled)?))
+        Ok(Box::new(Proven::of(admitted.clip, pulled, client.uid)?))
     }
 
     fn whole(&self, client: Client, clip: OwnedFd) -> Result<WholeFd, Refusal> {

@@ -16,6 +16,7 @@ use crate::cache::ranges::Ranges;
 use crate::cache::trail::Trail;
 use crate::handover::Lease;
 use crate::reason::{Reason, Refusal};
+use crate::sys;
 
 /// Bytes that are compared around an offset that is said to differ.
 const COMPARED: u64 = 4096;
@@ -27,11 +28,13 @@ pub(crate) struct Proven {
     /// What the proof was had by, until the client has its answer: the clip's
     /// descriptor as it came, and opened anew.
     clip: Option<(Arc<File>, Companion)>,
+    /// Whom it is for.
+    uid: u32,
 }
 
 impl Proven {
-    /// Proves a clip that others have opened, on a read-only mount.
-    pub(crate) fn of(clip: OwnedFd, pulled: Option<u64>) -> Result<Self, Refusal> {
+    /// Proves a clip that a user has opened, on a read-only mount.
+    pub(crate) fn of(clip: OwnedFd, pulled: Option<u64>, uid: u32) -> Result<Self, Refusal> {
         let companion = Companion::from_fd(clip)
             .map_err(|e| Refusal::from_io("the clip's descriptor", &e, Reason::Unsupported))?;
         let came = companion.share();
@@ -57,6 +60,7 @@ impl Proven {
         Ok(Self {
             epoch,
             clip: Some((came, companion)),
+            uid,
         })
     }
 }
@@ -67,11 +71,28 @@ impl Lease for Proven {
     }
 
     fn data(&self) -> Result<OwnedFd, Refusal> {
-        let path = format!("/proc/self/fd/{}", self.epoch.data().as_raw_fd());
+        let data = self.epoch.data();
+        let error = match sys::open_on_read_only_mount(data, self.epoch.key().pid()) {
+            Ok(opened) => return Ok(opened),
+            Err(error) => error,
+        };
+        let io = |e: std::io::Error| {
+            Refusal::from_io("opening the cache file anew", &e, Reason::IoError)
+        };
+        // Whoever has the rights to write, and only no way to the file, could now
+        // write: in a container, say.
+        let owner = data.metadata().map_err(io)?.uid();
+        if self.uid == 0 || self.uid == owner {
+            let detail = format!(
+                "uid {} could write to the cache file that it would be given, for the server \
+                 cannot give it by a read-only mount: {error}",
+                self.uid
+            );
+            return Err(Refusal::new(Reason::Permission, detail));
+        }
+        let path = format!("/proc/self/fd/{}", data.as_raw_fd());
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
-        rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
-            Refusal::from_io("opening the cache file anew", &e.into(), Reason::IoError)
-        })
+        rustix::fs::open(path, flags, Mode::empty()).map_err(|e| io(e.into()))
     }
 
     fn version(&self) -> (u64, Timestamp) {

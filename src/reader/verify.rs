@@ -160,6 +160,11 @@ impl FileKey {
         Self { daemon, identity }
     }
 
+    /// The daemon's pid.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.daemon.as_ref().map(|daemon| daemon.pid)
+    }
+
     /// Device and inode, as FUSE shows them.
     pub(super) fn identity(&self) -> (u64, u64) {
         self.identity
