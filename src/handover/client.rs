@@ -101,6 +101,9 @@ pub(crate) struct Connection {
     path: PathBuf,
     buffer: Box<[u8]>,
     token: u64,
+    /// Who may ask. A child of fork(2) has the socket, too: of two that ask, each
+    /// might get the other's answer, and every one after it an older one's.
+    pid: u32,
 }
 
 impl Connection {
@@ -138,6 +141,7 @@ impl Connection {
             path: path.to_path_buf(),
             buffer: vec![0; ANSWER_BYTES + 1].into_boxed_slice(),
             token: 0,
+            pid: std::process::id(),
         })
     }
 
@@ -151,6 +155,10 @@ impl Connection {
         let Some(socket) = self.socket.take() else {
             return Err(unavailable(&self.path, "did not answer before"));
         };
+        if self.pid != std::process::id() {
+            let what = format_args!("the connection is that of the parent, pid {}", self.pid);
+            return Err(unavailable(&self.path, what));
+        }
         wire::send(&socket, &request.encode(), descriptor)
             .map_err(|e| unavailable(&self.path, e))?;
         let mut tries = 0;

@@ -5,6 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Barrier;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
+
 use super::*;
 use crate::cache::proof::Timestamp;
 use crate::cache::ranges::Ranges;
@@ -123,4 +126,39 @@ fn slow_clips_leave_threads_for_the_others() {
     drop(server);
     assert!(!socket.exists());
     assert!(granted.connection.check().is_err());
+}
+
+#[test]
+fn a_child_leaves_its_parents_connection_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "abc").unwrap();
+    let clip = File::open(&file).unwrap();
+    let source = Slow {
+        file,
+        entered: Mutex::new(channel().0),
+        go_on: Mutex::new(channel().1),
+    };
+    let socket = folder.path().join("socket");
+    let server = Server::start(ServerOptions::new(&socket), Arc::new(source)).unwrap();
+    let connection = Connection::open(&socket).unwrap();
+    let mut granted = connection.ranges(clip.as_fd(), Some(7)).unwrap();
+    // SAFETY: the child asks, which takes no lock that others here hold, and ends.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            let refused = granted.connection.check().is_err();
+            // SAFETY: ends the child, of which nothing is left to run.
+            unsafe { nix::libc::_exit(i32::from(!refused)) }
+        }
+        ForkResult::Parent { child } => {
+            let status = waitpid(child, None).unwrap();
+            assert_eq!(status, WaitStatus::Exited(child, 0));
+        }
+    }
+    assert_eq!(
+        server.stats().checks,
+        0,
+        "nothing of the child's on the way"
+    );
+    granted.connection.check().unwrap();
 }
