@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Group, User};
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{Mode, OFlags, fchmod};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
@@ -97,8 +97,7 @@ impl Listener {
             path: path.to_path_buf(),
             identity: (found.dev(), found.ino()),
         };
-        std::os::unix::fs::lchown(path, owner.uid, owner.gid).map_err(failed)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
+        give(path, mode, owner).map_err(failed)?;
         listen(&listener.socket, BACKLOG).map_err(|e| failed(e.into()))?;
         Ok(listener)
     }
@@ -114,6 +113,20 @@ impl Drop for Listener {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Gives a socket file its owner and mode. Whoever may write to the folder can
+/// put another file in its place; so by a descriptor, of a socket of ours.
+fn give(path: &Path, mode: u32, owner: Owner) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let found = file.metadata()?;
+    if !found.file_type().is_socket() || found.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(io::Error::other("another file has taken its place"));
+    }
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::os::unix::fs::chown(&link, owner.uid, owner.gid)?;
+    fs::set_permissions(&link, fs::Permissions::from_mode(mode))
 }
 
 fn socket() -> io::Result<OwnedFd> {
@@ -211,6 +224,19 @@ mod tests {
         assert!(matches!(make(0o600), Err(ServerError::Failed(_))));
         let long = dir.path().join("x".repeat(200));
         assert!(Listener::new(&long, 0o600, Owner::default()).is_err());
+    }
+
+    #[test]
+    fn what_has_taken_the_files_place_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("secret"), dir.path().join("s"));
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for taken in [&link, &path] {
+            assert!(give(taken, 0o666, Owner::default()).is_err());
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        }
     }
 
     #[test]
