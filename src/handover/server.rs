@@ -41,8 +41,9 @@ const CLIENTS_OF_ONE: usize = 768;
 /// Descriptors that a connection may need: itself, the cache file, its
 /// metadata, and one on the way.
 const FDS_OF_ONE: u64 = 4;
-/// Descriptors left to the rest of the process.
-const FDS_OF_OTHERS: u64 = 256;
+/// Descriptors left to the rest of the process: three for each snapshot that is
+/// kept, one for each that others have, and the tracker's.
+const FDS_OF_OTHERS: u64 = 576;
 /// How long a new connection may be silent.
 const FIRST_REQUEST: Duration = Duration::from_secs(5);
 /// How often connections are looked at.

@@ -11,6 +11,9 @@ use crate::sys::coarse_ms;
 
 /// Snapshots that are kept at most: each has three descriptors.
 const KEPT: usize = 100;
+/// Copies of other versions and clips that others have open, at most: each has
+/// a descriptor, however small it is.
+const RETIRED: usize = 200;
 /// How often to look for snapshots whose clips are gone, milliseconds.
 const SWEEP_MS: u64 = 1_000;
 
@@ -175,7 +178,8 @@ impl Store {
             let taken = self.taken.load(Ordering::Acquire).saturating_sub(going);
             bytes <= self.budget.saturating_sub(taken)
         };
-        if bytes <= self.budget && !fits(0) {
+        let many = |table: &Table| table.retired.len() >= RETIRED;
+        if bytes <= self.budget && (!fits(0) || many(&table)) {
             freed = table.free();
             going = freed.iter().map(Object::memory).sum();
         }
@@ -191,7 +195,8 @@ impl Store {
             going += object.as_ref().map_or(0, Object::memory);
             freed.extend(object);
         }
-        let fits = fits(going);
+        let many = many(&table);
+        let fits = fits(going) && !many;
         if fits {
             // Under the table's lock, so that nobody else takes the same room.
             self.taken.fetch_add(bytes, Ordering::AcqRel);
@@ -201,6 +206,10 @@ impl Store {
         if fits {
             let taken = Arc::clone(&self.taken);
             return Ok(Charge { bytes, taken });
+        }
+        if many {
+            let detail = format!("others have {RETIRED} copies open that are not kept any more");
+            return Err(Refusal::new(Reason::Budget, detail));
         }
         let (budget, taken) = (self.budget, self.taken.load(Ordering::Acquire));
         Err(Refusal::new(
@@ -237,5 +246,32 @@ impl Table {
         let (stay, free) = self.retired.drain(..).partition(Object::in_use);
         self.retired = stay;
         free
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{SnapshotKind, reopen};
+
+    #[test]
+    fn copies_that_others_keep_are_limited_in_number() {
+        let store = Store::new(1 << 20);
+        let one = || {
+            let file = rustix::fs::memfd_create("clip", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let object = Object {
+                fd: reopen(&file).unwrap(),
+                kind: SnapshotKind::Copy,
+                charge: Some(store.reserve(1)?),
+            };
+            let held = object.open()?;
+            lock(&store.table).retired.push(object);
+            Ok(held)
+        };
+        let held: Vec<_> = (0..RETIRED).map(|_| one().unwrap()).collect();
+        let full: Result<_, Refusal> = one();
+        assert_eq!(full.unwrap_err().reason, Reason::Budget);
+        drop(held);
+        one().unwrap();
     }
 }
