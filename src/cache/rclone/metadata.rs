@@ -5,10 +5,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::OFlag;
 use serde::Deserialize;
 
 use crate::cache::proof::{Fingerprint, Metadata, Timestamp};
@@ -246,7 +247,11 @@ pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
 fn read_once(path: &Path) -> io::Result<Option<MetadataFile>> {
     // The clock first: time that passes while reading must not hide a race.
     let now = now_ns();
-    let file = File::open(path)?;
+    // Who put a FIFO there is not waited for.
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)?;
     let before = Stamp::from(&file.metadata()?);
     if before.size > MAX_BYTES {
         return Err(io::Error::new(
@@ -368,6 +373,22 @@ mod tests {
         // The same size, most likely within the same tick: the bytes tell.
         fs::write(&path, text(10, "null", "b", false)).unwrap();
         assert!(!file.unchanged());
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta");
+        fs::write(&path, text(10, "null", "a", false)).unwrap();
+        let mut file = read_metadata(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let refused = read_metadata(&path).is_err();
+            tell.send(refused && !file.unchanged() && !file.is_same_version_still())
+        });
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(true));
     }
 
     #[test]
