@@ -69,6 +69,8 @@ pub struct Mount {
     /// Whether the *superblock* is read-only. A read-only bind mount of a
     /// writable superblock is writable here.
     pub read_only: bool,
+    /// Of a FUSE mount: the user who has mounted it.
+    pub user: Option<u32>,
 }
 
 impl Mount {
@@ -171,7 +173,10 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     fields.find(|f| *f == b"-")?;
     let fstype = String::from_utf8(fields.next()?.to_vec()).ok()?;
     let source = unescape(fields.next()?);
-    let read_only = fields.next()?.split(|&b| b == b',').any(|o| o == b"ro");
+    let options = fields.next()?;
+    let mut options = options.split(|&b| b == b',');
+    let read_only = options.clone().any(|o| o == b"ro");
+    let user = options.find_map(|o| number(o.strip_prefix(b"user_id=")?));
     Some(Mount {
         id,
         dev,
@@ -180,6 +185,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         fstype,
         source,
         read_only,
+        user,
     })
 }
 

@@ -190,7 +190,10 @@ impl View {
         let listed = names::check_listed(clip.path, clip.inside);
         trail.failure(Gate::Identity, listed)?;
         let path = clip.located.folders.data_path(clip.inside);
-        let opened = open_data(clip.located, clip.inside);
+        let opened = open_data(clip.located, clip.inside).and_then(|(data, held)| {
+            check_owner(clip.located, &data)?;
+            Ok((data, held))
+        });
         let (data, held) = trail.step(Gate::DataFile, opened, |(_, held)| {
             let how = if *held {
                 "held by"
@@ -298,6 +301,24 @@ fn open_data(located: &Located, inside: &Path) -> Result<(File, bool), Refusal> 
             &e,
             Reason::IoError,
         )),
+    }
+}
+
+/// Refuses a cache file that its rclone's user may not be able to read. He can
+/// have his rclone hold whatever there is (O_PATH), by any path (mount namespaces),
+/// and we may be root, and hand it over to him.
+fn check_owner(located: &Located, data: &File) -> Result<(), Refusal> {
+    let owner = data
+        .metadata()
+        .map_err(|e| Refusal::from_io("fstat of the cache file", &e, Reason::IoError))?
+        .uid();
+    match located.user {
+        Some(user) if user == 0 || user == owner => Ok(()),
+        user => {
+            let user = user.map_or("unknown".into(), |user| user.to_string());
+            let detail = format!("the cache file is uid {owner}'s, the mount that of uid {user}");
+            Err(Refusal::new(Reason::Unsupported, detail))
+        }
     }
 }
 

@@ -113,6 +113,8 @@ pub struct Located {
     pub daemon: Daemon,
     /// Whether the mount's superblock is read-only.
     pub read_only: bool,
+    /// The user who has mounted it, where the kernel tells.
+    pub user: Option<u32>,
     /// Which other rclone uses the same cache for the same remote.
     pub shared_with: Option<String>,
     /// Where the cache is.
@@ -176,6 +178,7 @@ impl Located {
         }
         Ok(Self {
             read_only: mount.read_only,
+            user: mount.user,
             shared_with: sharing::shares_cache(mount, table, &daemon, &folders)?,
             cache_mode_full,
             hidden: start.is_hidden(),
