@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use common::clips::*;
 use common::handover::*;
 use nix::sys::signal::Signal;
-use vmafx_bypass::{BypassOptions, Reason, Verify};
+use vmafx_bypass::{BypassFile, BypassOptions, Reason, Verify};
 
 /// A difference that one client finds is looked at by the server, which then
 /// gives the clip to nobody.
@@ -45,6 +45,9 @@ fn a_difference_takes_the_clip_from_all_clients() {
     // In this process nobody reads it from the cache any more.
     other.read_at(&mut block, 4096).unwrap();
     assert_eq!(other.stats().cache_bytes, 0);
+    // By whichever way it is proven.
+    let own = BypassFile::open(clip(&rig)).unwrap();
+    assert_eq!(own.refusal().unwrap().reason, Reason::Quarantined);
     // Nor in any other that asks the server.
     let (_, stats) = read_by(&NOBODY, &clip(&rig), &named);
     assert_eq!(stats["state"], "quarantined", "{stats}");

@@ -160,6 +160,12 @@ impl FileKey {
         Self { daemon, identity }
     }
 
+    /// Whether both may be of one file: a daemon that is hidden may be any.
+    fn may_be(&self, other: &Self) -> bool {
+        let (own, its) = (&self.daemon, &other.daemon);
+        self.identity == other.identity && (own == its || own.is_none() || its.is_none())
+    }
+
     /// The daemon's pid.
     pub(super) fn pid(&self) -> Option<u32> {
         self.daemon.as_ref().map(|daemon| daemon.pid)
@@ -180,7 +186,7 @@ const BREAKER: usize = 2;
 
 fn quarantine(file: &FileKey) {
     let mut files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-    if !files.contains(file) {
+    if !files.iter().any(|found| found.may_be(file)) {
         files.push(file.clone());
     }
     COUNT.store(files.len(), Ordering::Release);
@@ -196,7 +202,7 @@ pub(super) fn check_quarantine(file: &FileKey) -> Result<(), Refusal> {
         )),
         _ => {
             let files = QUARANTINED.lock().unwrap_or_else(PoisonError::into_inner);
-            if files.contains(file) {
+            if files.iter().any(|found| found.may_be(file)) {
                 return refuse("the cache and fuse differed in this file before".into());
             }
             Ok(())
