@@ -8,6 +8,7 @@
     feature = "ebpf",
     doc = "- [`Tracker`] knows which descriptors on a mount are open, host-wide, from\n  tracepoints."
 )]
+//! - [`snapshot`] hands whole clips over, as descriptors whose bytes never change.
 //! - [`mod@bench`] compares the ways to read a clip.
 //! - [`warm`] completes clips in the cache.
 //!
@@ -20,6 +21,7 @@ pub mod optin;
 pub mod reader;
 pub mod reason;
 pub mod rig;
+pub mod snapshot;
 mod sys;
 #[cfg(feature = "ebpf")]
 pub mod tracker;

@@ -9,6 +9,7 @@ mod prove;
 mod pulled;
 mod stats;
 mod verify;
+mod whole;
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -29,9 +30,11 @@ use crate::reason::{Reason, Refusal};
 use buffer::ReadAhead;
 use companion::Companion;
 use epoch::{Epoch, Outcome};
+use prove::Wanted;
 use stats::Counters;
 pub use verify::Verify;
 use verify::{Verdict, Verifier};
+pub(crate) use whole::{Shown, Vigil, WholeClip};
 
 /// How often a proof that could not be had, or has ended, is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -404,7 +407,7 @@ fn never(refusal: Refusal) -> State {
 /// in a row could not be had; each doubles the time to the next try, because a
 /// try looks the path up, for which rclone may ask a slow remote.
 fn state_of(companion: &Companion, pulled: Option<u64>, failures: &AtomicU32) -> State {
-    match prove::prove(companion, pulled, &mut Trail::off()) {
+    match prove::prove(companion, pulled, Wanted::Ranges, &mut Trail::off()) {
         Ok(epoch) => {
             failures.store(0, Ordering::Relaxed);
             State::Active(epoch)

@@ -83,6 +83,14 @@ reasons! {
     Quarantined = "quarantined", "report it with the offset: bypassed and FUSE's bytes differed";
     /// More than one cache file or daemon could be the right one.
     Ambiguous = "ambiguous", "give each mount its own cache folder, and start rclone with the mount point as an argument";
+    /// The clip was handed over without a snapshot: its bytes may change when the
+    /// remote's do.
+    Live = "live", "use --snapshot auto, unless the remote's clips never change";
+    /// The cache file is open elsewhere, so that it may not be handed over
+    /// without a snapshot.
+    Busy = "busy", "use --snapshot auto, or wait until rclone has closed the clip: from 1.74 on 5 seconds after its last reader, or as --vfs-handle-caching says";
+    /// A sealed copy of the clip has no room: in the budget, or in memory.
+    Budget = "budget", "raise --copy-budget, or keep the cache on xfs or btrfs, where snapshots take no memory";
     /// The mount, the cache's file system or the name is of a kind for which
     /// there is no proof.
     Unsupported = "unsupported", "mount with --read-only, or run linux 6.16; keep the cache on ext4, xfs, btrfs or tmpfs, one mount per cache";

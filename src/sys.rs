@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -120,6 +120,54 @@ pub(crate) fn pages(file: impl AsFd, offset: u64, length: u64) -> io::Result<Pag
         })
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Whether anyone has a file open for writing. Its owner may ask, or whoever
+/// has CAP_LEASE.
+///
+/// # Errors
+/// Those of fcntl(2), where the kernel does not tell.
+pub(crate) fn is_open_to_write(file: impl AsFd) -> io::Result<bool> {
+    lease(file.as_fd(), nix::libc::F_RDLCK)
+}
+
+/// Whether another description of a file exists than this one, which must be
+/// read-only; a mapping counts. Its owner may ask, or whoever has CAP_LEASE.
+///
+/// # Errors
+/// Those of fcntl(2), where the kernel does not tell.
+pub(crate) fn is_open_elsewhere(file: impl AsFd) -> io::Result<bool> {
+    lease(file.as_fd(), nix::libc::F_WRLCK)
+}
+
+/// Takes a lease and gives it back: the kernel refuses it where others have the
+/// file open in ways that the lease would guard against.
+fn lease(file: BorrowedFd<'_>, kind: nix::libc::c_int) -> io::Result<bool> {
+    use nix::libc::{F_SETLEASE, F_UNLCK, SIGURG};
+    // The same number on every architecture but the old 32-bit ones
+    // (include/uapi/asm-generic/fcntl.h).
+    const F_SETSIG: nix::libc::c_int = 10;
+    let control = |command, argument: nix::libc::c_int| {
+        // SAFETY: these commands take an integer; the descriptor is borrowed
+        // for the call.
+        let result = unsafe { nix::libc::fcntl(file.as_raw_fd(), command, argument) };
+        if result == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // Whoever opens the file in the very moment breaks the lease, of which the
+    // kernel tells by SIGIO, which would end the process; SIGURG is ignored
+    // unless somebody asks for it.
+    control(F_SETSIG, SIGURG)?;
+    match control(F_SETLEASE, kind) {
+        Ok(()) => {
+            control(F_SETLEASE, F_UNLCK)?;
+            Ok(false)
+        }
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(e) => Err(e),
     }
 }
 

@@ -17,7 +17,7 @@ pub use daemon::Daemon;
 pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};
 pub use locate::{Folders, Located, Locator, mount_facts};
 pub use metadata::parse as parse_metadata;
-pub(crate) use metadata::{MetadataFile, read_metadata};
+pub(crate) use metadata::{MetadataFile, is_same_version, read_metadata};
 
 use std::fs;
 use std::path::Path;

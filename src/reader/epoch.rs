@@ -15,10 +15,10 @@ use nix::unistd::{Whence, lseek};
 use super::companion::Companion;
 use super::prove::check_read_only;
 use super::pulled::Pulled;
-use super::verify::FileKey;
+use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
-use crate::cache::rclone::MetadataFile;
+use crate::cache::rclone::{MetadataFile, is_same_version};
 use crate::mounts::Dev;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
@@ -284,6 +284,65 @@ impl Epoch {
         Ok(())
     }
 
+    /// Whether every byte of the clip is proven and present.
+    pub(super) fn check_whole(&self) -> Result<(), Refusal> {
+        let whole = Span {
+            start: 0,
+            end: self.proof.size,
+        };
+        if self.proof.ranges.spans() != [whole] {
+            let (proven, size) = (self.proven_bytes(), self.proof.size);
+            let detail = format!("{proven} of {size} bytes are proven");
+            return Err(Refusal::new(Reason::Partial, detail));
+        }
+        if !self.is_present(whole, 0)? {
+            let detail = format!("`{}` has a hole", self.path.display());
+            return Err(Refusal::new(Reason::Hole, detail));
+        }
+        Ok(())
+    }
+
+    /// Whether the data file is still the clip's, in the version that was
+    /// proven; rclone may have written the metadata again. Asks neither FUSE
+    /// nor rclone.
+    pub(super) fn check_version(&self) -> Result<(), Refusal> {
+        check_quarantine(&self.key)?;
+        self.check_data()?;
+        if !self.lock_metadata().is_same_version_still() {
+            return Err(changed("has new metadata"));
+        }
+        check_read_only(self.dev)
+    }
+
+    /// Whether another proof is of the same version in the same data file.
+    pub(super) fn is_same(&self, other: &Self) -> Result<bool, Refusal> {
+        let identity = |epoch: &Self| {
+            let stat = rustix::fs::fstat(&epoch.data);
+            let stat = stat.map_err(|e| epoch.failed("fstat", e.into()))?;
+            Ok((stat.st_dev, stat.st_ino))
+        };
+        let metadata = |epoch: &Self| epoch.lock_metadata().bytes.clone();
+        Ok(self.key == other.key
+            && (self.proof.size, self.proof.modified) == (other.proof.size, other.proof.modified)
+            && identity(self)? == identity(other)?
+            && is_same_version(&metadata(self), &metadata(other)))
+    }
+
+    /// The clip's size, bytes, and its modification time.
+    pub(super) fn version(&self) -> (u64, Timestamp) {
+        (self.proof.size, self.proof.modified)
+    }
+
+    /// The cache file; reading it gives none of this type's guarantees.
+    pub(super) fn data(&self) -> &File {
+        &self.data
+    }
+
+    /// Fills the buffer from the data file, of which all is proven.
+    pub(super) fn read_whole(&self, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
+        self.pread(buffer, offset)
+    }
+
     fn check_metadata(&self) -> Result<(), Refusal> {
         if !self.lock_metadata().unchanged() {
             return Err(changed("has new metadata"));
@@ -346,7 +405,7 @@ impl Epoch {
         read.map_err(|e| self.failed("read", e))
     }
 
-    fn check_data(&self) -> Result<(), Refusal> {
+    pub(super) fn check_data(&self) -> Result<(), Refusal> {
         // Not `File::metadata`: its statx(2) costs a quarter more.
         let stat = rustix::fs::fstat(&self.data).map_err(|e| self.failed("fstat", e.into()))?;
         // A second link would hide that rclone has unlinked its own.

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::companion::Companion;
-use super::prove::prove;
+use super::prove::{Wanted, prove};
 use crate::cache::ranges::Span;
 use crate::cache::trail::{Gate, Step, Trail};
 use crate::optin::{self, OptIn};
@@ -46,7 +46,8 @@ impl Explanation {
             _ => Ok(format!("{} is not 0", optin::VARIABLE)),
         };
         let enabled = trail.note(Gate::Enabled, enabled);
-        let mapped = prove(&companion, None, &mut trail).and_then(|epoch| epoch.map());
+        let mapped =
+            prove(&companion, None, Wanted::Ranges, &mut trail).and_then(|epoch| epoch.map());
         let size = companion.metadata()?.len();
         let (refusal, ranges) = match enabled.and(mapped) {
             Ok(map) => (None, map),

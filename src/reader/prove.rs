@@ -11,11 +11,22 @@ use crate::cache::trail::{Gate, Trail};
 use crate::mounts::{Dev, Mount};
 use crate::reason::{Reason, Refusal};
 
+/// What a proof is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Whichever ranges there are.
+    Ranges,
+    /// The whole clip, of a read-only mount, or nothing: what is refused for
+    /// want of a range is refused before rclone is asked for anything.
+    Whole,
+}
+
 /// Gathers the facts of a clip and decides. `pulled`: an offset that was read
 /// through FUSE already.
 pub(super) fn prove(
     companion: &Companion,
     pulled: Option<u64>,
+    wanted: Wanted,
     trail: &mut Trail,
 ) -> Result<Epoch, Refusal> {
     let opened = if companion.is_writable() {
@@ -50,6 +61,13 @@ pub(super) fn prove(
     check_quarantine(&key)?;
     // Before anything is asked of rclone: for such a mount no answer helps.
     proof::check_mount(&located.mount_facts(), trail)?;
+    if wanted == Wanted::Whole && !located.read_only {
+        let detail = format!(
+            "`{}` is writable: a program would not see what is written through the mount",
+            mount.point.display()
+        );
+        return trail.failure(Gate::Access, Err(Refusal::new(Reason::Unsupported, detail)));
+    }
     let inside = mount.inside(&path).ok_or_else(|| {
         let (path, point) = (path.display(), mount.point.display());
         let detail = format!("`{path}` is not below its mount point `{point}`");
@@ -61,6 +79,7 @@ pub(super) fn prove(
         path: &path,
         inside: &inside,
         pulled,
+        whole: wanted == Wanted::Whole,
     };
     let gathered = rclone::gather(&clip, companion, trail)?;
     let proof = proof::prove(&gathered.facts, trail)?;

@@ -33,6 +33,8 @@ pub(crate) struct Clip<'a> {
     pub(crate) inside: &'a Path,
     /// An offset that the caller has read through FUSE already: rclone has it.
     pub(crate) pulled: Option<u64>,
+    /// Whether nothing but the whole clip will do.
+    pub(crate) whole: bool,
 }
 
 /// The caller's own descriptor of the clip, opened through FUSE.
@@ -64,6 +66,11 @@ fn advisory(clip: &Clip<'_>, trail: &mut Trail) -> Result<Ranges, Refusal> {
                 // Each open of such a clip puts its upload off.
                 let detail = "not uploaded yet, by its metadata";
                 return trail.failure(Gate::Clean, Err(Refusal::new(Reason::Dirty, detail)));
+            }
+            let listed = metadata.ranges.bytes();
+            if clip.whole && 0 < listed && listed < metadata.size {
+                let detail = format!("the metadata lists {listed} of {} bytes", metadata.size);
+                return Err(Refusal::new(Reason::Partial, detail));
             }
             metadata.ranges
         }

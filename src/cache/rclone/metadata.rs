@@ -157,6 +157,23 @@ impl MetadataFile {
         rustix::fs::fstat(&self.file).is_ok_and(|stat| Stamp::from(&stat) == self.stamp)
     }
 
+    /// Whether the file names the same version as before, though rclone may have
+    /// written it again, as it does when a clip is opened and closed: the same
+    /// size and fingerprint, its hash included, and nothing to upload. What it
+    /// says now is taken over.
+    pub(crate) fn is_same_version_still(&mut self) -> bool {
+        if self.unchanged() {
+            return true;
+        }
+        match read_metadata(&self.path) {
+            Ok(now) if is_same_version(&now.bytes, &self.bytes) => {
+                *self = now;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the file still is what was read, and still under its path.
     pub(crate) fn unchanged(&mut self) -> bool {
         if !self.racy {
@@ -169,6 +186,19 @@ impl MetadataFile {
             }
             _ => false,
         }
+    }
+}
+
+/// Whether two readings of a metadata file name one version, with nothing to
+/// upload.
+pub(crate) fn is_same_version(a: &[u8], b: &[u8]) -> bool {
+    let info = |bytes| serde_json::from_slice::<Info>(bytes).ok();
+    match (info(a), info(b)) {
+        (Some(a), Some(b)) => {
+            let same = (a.size, &a.fingerprint) == (b.size, &b.fingerprint);
+            same && !a.fingerprint.is_empty() && !a.dirty && !b.dirty
+        }
+        _ => false,
     }
 }
 
