@@ -10,12 +10,14 @@
 )]
 //! - [`snapshot`] hands whole clips over, as descriptors whose bytes never change.
 //! - [`mod@bench`] compares the ways to read a clip.
+//! - [`exec`] runs unmodified programs, and answers their opens of clips.
 //! - [`warm`] completes clips in the cache.
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
 pub mod bench;
 pub mod cache;
+pub mod exec;
 pub mod mounts;
 pub mod optin;
 pub mod reader;

@@ -10,11 +10,11 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{ForkResult, Pid, getpid, getppid};
 
 use super::notify::{Board, Listener};
@@ -27,7 +27,7 @@ const TICK: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Keeper {
     /// Where it waits for the listener.
-    pub(super) door: OwnedFd,
+    pub(super) door: UnixStream,
 }
 
 /// Forks the keeper off. The caller must have one thread.
@@ -35,12 +35,7 @@ pub(super) struct Keeper {
 /// # Errors
 /// Where there is no room for another process or descriptor.
 pub(super) fn start(board: &'static Board) -> io::Result<Keeper> {
-    let (door, inside) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
+    let (door, inside) = UnixStream::pair()?;
     let supervisor = getpid();
     match unsafe_calls::fork()? {
         ForkResult::Parent { .. } => Ok(Keeper { door }),
@@ -54,7 +49,7 @@ pub(super) fn start(board: &'static Board) -> io::Result<Keeper> {
 }
 
 /// The keeper's life.
-fn keep(board: &'static Board, supervisor: Pid, door: OwnedFd) -> io::Result<()> {
+fn keep(board: &'static Board, supervisor: Pid, door: UnixStream) -> io::Result<()> {
     let alive = unsafe_calls::pidfd(supervisor)?;
     if getppid() != supervisor {
         // It has died before it could be watched; then there is no command yet.
@@ -92,7 +87,7 @@ fn keep(board: &'static Board, supervisor: Pid, door: OwnedFd) -> io::Result<()>
 
 /// Leaves the terminal, the folder and all descriptors of the command: who
 /// waits for the end of a pipe or unmounts a disk does not wait for the keeper.
-fn hide(alive: &OwnedFd, door: &OwnedFd) -> io::Result<()> {
+fn hide(alive: &OwnedFd, door: &UnixStream) -> io::Result<()> {
     SigSet::all().thread_set_mask()?;
     nix::unistd::setsid()?;
     std::env::set_current_dir("/")?;

@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::keeper::Keeper;
 use super::notify::Listener;
@@ -61,13 +61,7 @@ pub(super) fn launch(
     };
     let prepared = keeper.and_then(|keeper| {
         let filter = filter::program().ok_or("this processor is not supported")?;
-        let doors = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        );
-        let (inside, outside) = doors.map_err(|e| format!("socketpair: {e}"))?;
+        let (inside, outside) = UnixStream::pair().map_err(|e| format!("socketpair: {e}"))?;
         prelude.assist = Some(Assist {
             filter,
             doors: [keeper.door.as_raw_fd(), outside.as_raw_fd()],
