@@ -93,7 +93,9 @@ impl Error {
         match error.kind() {
             io::ErrorKind::NotFound => Self::NotFound(path),
             // A NUL in an argument, no memory for a process.
-            io::ErrorKind::InvalidInput | io::ErrorKind::OutOfMemory | io::ErrorKind::WouldBlock => {
+            io::ErrorKind::InvalidInput
+            | io::ErrorKind::OutOfMemory
+            | io::ErrorKind::WouldBlock => {
                 Self::Failed(format!("starting `{}`: {error}", path.display()))
             }
             _ => Self::NotExecutable {
@@ -158,14 +160,14 @@ pub fn run(
     let required = options.snapshots.mode == SnapshotMode::Require;
     let failed = |what: &'static str| move |e: io::Error| Error::Failed(format!("{what}: {e}"));
     let watched = Watched::new(&options.prefixes).map_err(Error::Failed)?;
-    job::prepare().map_err(failed("signals"))?;
+    let ignores_child = job::prepare().map_err(failed("signals"))?;
 
     let prepared = prepare();
     let (ground, keeper) = match prepared {
         Ok((ground, keeper)) => (Ok(ground), Ok(keeper)),
         Err(why) => (Err(why.clone()), Err(why)),
     };
-    let launched = launch::launch(command, &options.inherited, keeper, required)?;
+    let launched = launch::launch(command, &options.inherited, ignores_child, keeper, required)?;
     let child = Pid::from_raw(launched.child.id() as i32);
     let assisted = launched.assistance.and_then(|assistance| {
         let ground = ground?;

@@ -132,12 +132,9 @@ fn assemble(steps: &[Step]) -> Vec<sock_filter> {
         };
         let next = match *step {
             Step::Place(_) => continue,
-            Step::Load(offset) => instruction(
-                libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
-                0,
-                0,
-                offset,
-            ),
+            Step::Load(offset) => {
+                instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+            }
             Step::If(libc::BPF_JA, _, to, _) => {
                 instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, distance(to).into())
             }

@@ -65,7 +65,9 @@ fn parse(status: &[u8], user_namespace: PathBuf, label: Option<Vec<u8>>) -> Opti
     let number = |name: &[u8]| -> Option<u64> {
         std::str::from_utf8(field(name)?).ok()?.trim().parse().ok()
     };
-    let credentials = CREDENTIALS.iter().map(|name| field(name).map(<[u8]>::to_vec));
+    let credentials = CREDENTIALS
+        .iter()
+        .map(|name| field(name).map(<[u8]>::to_vec));
     Some(Identity {
         tgid: number(b"Tgid:")? as u32,
         credentials: credentials.collect::<Option<_>>()?,
@@ -123,9 +125,8 @@ impl Sandboxes {
             let detail = format!("pid {pid} has other credentials than exec itself");
             return Err(Refusal::new(Reason::Credentials, detail));
         }
-        let sandboxed = |what: &str| {
-            Err(Refusal::new(Reason::Sandboxed, format!("pid {pid} {what}")))
-        };
+        let sandboxed =
+            |what: &str| Err(Refusal::new(Reason::Sandboxed, format!("pid {pid} {what}")));
         if identity.no_new_privs != self.expected.no_new_privs {
             return sandboxed("has set no_new_privs");
         }

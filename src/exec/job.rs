@@ -21,7 +21,9 @@ const STOPS: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
 /// Signals that are taken and handled here. Not among them: what a fault of
 /// this very program raises, and SIGPIPE.
 fn handled() -> SigSet {
-    use Signal::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGPIPE, SIGSEGV, SIGSTOP, SIGSYS, SIGTRAP};
+    use Signal::{
+        SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGPIPE, SIGSEGV, SIGSTOP, SIGSYS, SIGTRAP,
+    };
     let not = [
         SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGPIPE, SIGSEGV, SIGSTOP, SIGSYS, SIGTRAP,
     ];
@@ -29,12 +31,12 @@ fn handled() -> SigSet {
 }
 
 /// Blocks what [`wait`] takes, in this thread and in all that it starts; and
-/// makes sure that children can be waited for.
-pub(super) fn prepare() -> io::Result<()> {
+/// makes sure that children can be waited for. Whether SIGCHLD was ignored.
+pub(super) fn prepare() -> io::Result<bool> {
     handled().thread_block()?;
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    unsafe_calls::set_action(Signal::SIGCHLD, &default)?;
-    Ok(())
+    let before = unsafe_calls::set_action(Signal::SIGCHLD, &default)?;
+    Ok(matches!(before.handler(), SigHandler::SigIgn))
 }
 
 /// Waits for the command's end.

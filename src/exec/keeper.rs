@@ -68,7 +68,10 @@ fn keep(board: &'static Board, supervisor: Pid, door: UnixStream) -> io::Result<
         stuck_at: None,
     };
     while !ended(alive.as_fd(), TICK) {
-        if listener.ready(PollTimeout::ZERO).contains(PollFlags::POLLHUP) {
+        if listener
+            .ready(PollTimeout::ZERO)
+            .contains(PollFlags::POLLHUP)
+        {
             return Ok(());
         }
         watch.tick();
@@ -91,7 +94,10 @@ fn hide(alive: &OwnedFd, door: &UnixStream) -> io::Result<()> {
     SigSet::all().thread_set_mask()?;
     nix::unistd::setsid()?;
     std::env::set_current_dir("/")?;
-    let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let null = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
     for number in 0..3 {
         unsafe_calls::replace(null.as_fd(), number)?;
     }
@@ -159,7 +165,10 @@ impl Watch<'_> {
     }
 
     fn is_stopped(&self) -> bool {
-        matches!(crate::sys::state(self.supervisor.as_raw() as u32), Some('T' | 't'))
+        matches!(
+            crate::sys::state(self.supervisor.as_raw() as u32),
+            Some('T' | 't')
+        )
     }
 
     /// Answers what the supervisor may not have answered; where it has, the

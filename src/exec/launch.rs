@@ -23,8 +23,6 @@ pub struct Inherited {
     /// Whether SIGPIPE is ignored. Rust's runtime has changed that by the time
     /// of `main`, so the program has to look before.
     pub ignores_pipe: bool,
-    /// Whether SIGCHLD is ignored.
-    pub ignores_child: bool,
 }
 
 /// A command that runs.
@@ -43,6 +41,7 @@ pub(super) struct Assistance {
 pub(super) fn launch(
     words: &[OsString],
     inherited: &Inherited,
+    ignores_child: bool,
     keeper: Result<Keeper, String>,
     required: bool,
 ) -> Result<Launched, Error> {
@@ -55,7 +54,7 @@ pub(super) fn launch(
         mask: inherited.mask,
         ignored: [
             (Signal::SIGPIPE, inherited.ignores_pipe),
-            (Signal::SIGCHLD, inherited.ignores_child),
+            (Signal::SIGCHLD, ignores_child),
         ],
         assist: None,
     };
@@ -106,7 +105,9 @@ fn missing(errno: i32) -> String {
             "another supervisor already answers for this process, such as an outer `exec`"
         }
         Errno::ENOSYS => "the kernel has no seccomp(2)",
-        Errno::EINVAL => "the kernel has no seccomp user notification; linux 5.15 or newer is needed",
+        Errno::EINVAL => {
+            "the kernel has no seccomp user notification; linux 5.15 or newer is needed"
+        }
         Errno::EPERM | Errno::EACCES => {
             "seccomp(2) is forbidden here; allow it in the container's seccomp profile"
         }

@@ -82,7 +82,10 @@ impl Board {
 
     /// The ids that may still wait for an answer of the supervisor.
     pub(super) fn in_hand(&self) -> impl Iterator<Item = u64> + '_ {
-        let ids = self.slots.iter().map(|slot| slot.id().load(Ordering::Acquire));
+        let ids = self
+            .slots
+            .iter()
+            .map(|slot| slot.id().load(Ordering::Acquire));
         // 0 is never given out: the kernel counts up from a random number, and
         // one that is 0 by chance would be an open that nobody answers for a
         // dead supervisor, once in 2^64.
@@ -107,7 +110,9 @@ pub(super) struct Seat {
 impl Seat {
     /// The notification in it is answered.
     pub(super) fn clear(&mut self) {
-        self.board.slots[self.index].id().store(0, Ordering::Release);
+        self.board.slots[self.index]
+            .id()
+            .store(0, Ordering::Release);
     }
 }
 
@@ -146,7 +151,11 @@ pub(super) fn install(filter: &[sock_filter]) -> Result<Installed, c_int> {
         len: filter.len() as u16,
         filter: filter.as_ptr().cast_mut(),
     };
-    let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+    let errno = || {
+        io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO)
+    };
     // SPEC_ALLOW: the filter is no sandbox; kernels before 5.16 would slow the
     // command down by their mitigations for those that are.
     let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
@@ -160,7 +169,11 @@ pub(super) fn install(filter: &[sock_filter]) -> Result<Installed, c_int> {
                 &raw const program,
             )
         };
-        if fd >= 0 { Ok(fd as RawFd) } else { Err(errno()) }
+        if fd >= 0 {
+            Ok(fd as RawFd)
+        } else {
+            Err(errno())
+        }
     };
     // Linux 5.19: a signal with a handler does not break an open that is in
     // hand; before, the open starts anew.

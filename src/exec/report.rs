@@ -45,7 +45,11 @@ pub(super) struct Counters {
     reasons: Vec<AtomicU64>,
 }
 
-const KINDS: [SnapshotKind; 3] = [SnapshotKind::Reflink, SnapshotKind::Copy, SnapshotKind::Live];
+const KINDS: [SnapshotKind; 3] = [
+    SnapshotKind::Reflink,
+    SnapshotKind::Copy,
+    SnapshotKind::Live,
+];
 
 fn one(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);

@@ -164,9 +164,11 @@ impl Supervisor {
             Verdict::Refused(refusal) => self.counters.refused(refusal.reason),
             Verdict::Whole(whole) => {
                 let cloexec = asked.is_some_and(|asked| asked.cloexec());
-                let injected = self
-                    .listener
-                    .inject(notification.id, std::os::fd::AsFd::as_fd(&whole.fd), cloexec);
+                let injected = self.listener.inject(
+                    notification.id,
+                    std::os::fd::AsFd::as_fd(&whole.fd),
+                    cloexec,
+                );
                 match injected {
                     Ok(()) => {
                         self.counters
@@ -218,7 +220,11 @@ impl Supervisor {
     }
 
     /// A clip on a watched mount: what costs more is asked only now.
-    fn hand_over(&self, asked: &Asked, clip: std::os::fd::BorrowedFd<'_>) -> Result<Whole, Refusal> {
+    fn hand_over(
+        &self,
+        asked: &Asked,
+        clip: std::os::fd::BorrowedFd<'_>,
+    ) -> Result<Whole, Refusal> {
         let identity = self.sandboxes.check(asked.thread)?;
         if let Some(name) = self.programs.excluded(identity.tgid) {
             let name = name.display();

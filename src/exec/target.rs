@@ -93,7 +93,9 @@ fn how(thread: u32, address: u64, size: u64) -> Option<(u32, ResolveFlags)> {
         u64::from_ne_bytes(word)
     };
     let (flags, mode, resolve) = (word(0), word(1), word(2));
-    let flags = u32::try_from(flags).ok().filter(|f| f & !MAY_SUBSTITUTE == 0)?;
+    let flags = u32::try_from(flags)
+        .ok()
+        .filter(|f| f & !MAY_SUBSTITUTE == 0)?;
     let resolve = ResolveFlags::from_bits(resolve).filter(|r| KEPT.contains(*r))?;
     (mode == 0).then_some((flags, resolve))
 }
@@ -254,7 +256,10 @@ pub(super) fn resolve(asked: &Asked, path: &PathBuffer, own: Root) -> rustix::io
         libc::AT_FDCWD => folder(&format!("/proc/{thread}/cwd")),
         fd => folder(&format!("/proc/{thread}/fd/{fd}")),
     };
-    if asked.resolve.intersects(ResolveFlags::BENEATH | ResolveFlags::IN_ROOT) {
+    if asked
+        .resolve
+        .intersects(ResolveFlags::BENEATH | ResolveFlags::IN_ROOT)
+    {
         return open(start()?.as_fd(), asked.resolve);
     }
     if path_is_absolute {

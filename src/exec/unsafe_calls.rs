@@ -180,7 +180,11 @@ pub(super) struct Assist {
 pub(super) fn before_exec(command: &mut Command, prelude: Prelude) {
     let child = move || {
         for (signal, ignored) in prelude.ignored {
-            let action = if ignored { libc::SIG_IGN } else { libc::SIG_DFL };
+            let action = if ignored {
+                libc::SIG_IGN
+            } else {
+                libc::SIG_DFL
+            };
             // SAFETY: no handler is involved.
             unsafe { libc::signal(signal as c_int, action) };
         }

@@ -43,11 +43,15 @@ impl Watched {
             let absolute = fs::canonicalize(prefix).map_err(|e| format!("`{shown}`: {e}"))?;
             watched.prefixes.push(absolute);
         }
-        let now = watched.look().map_err(|e| format!("`/proc/self/mountinfo`: {e}"))?;
+        let now = watched
+            .look()
+            .map_err(|e| format!("`/proc/self/mountinfo`: {e}"))?;
         for (prefix, given) in watched.prefixes.iter().zip(prefixes) {
             if rclone_mount(&now.table, prefix).is_none() {
                 let shown = given.display();
-                return Err(format!("`{shown}` is not on an rclone mount; leave --prefix out to watch all of them"));
+                return Err(format!(
+                    "`{shown}` is not on an rclone mount; leave --prefix out to watch all of them"
+                ));
             }
         }
         watched.now.store(Arc::new(now));
@@ -72,11 +76,20 @@ impl Watched {
 
     /// Whether a device is a watched superblock.
     pub(super) fn has(&self, major: u32, minor: u32) -> bool {
-        self.now.load().devices.contains_key(&Dev::new(major, minor))
+        self.now
+            .load()
+            .devices
+            .contains_key(&Dev::new(major, minor))
     }
 
     /// Whether a file on a watched superblock is below one of the prefixes.
-    pub(super) fn covers(&self, major: u32, minor: u32, mount_id: u64, file: BorrowedFd<'_>) -> bool {
+    pub(super) fn covers(
+        &self,
+        major: u32,
+        minor: u32,
+        mount_id: u64,
+        file: BorrowedFd<'_>,
+    ) -> bool {
         let now = self.now.load();
         let Some(folders) = now.devices.get(&Dev::new(major, minor)) else {
             return false;
