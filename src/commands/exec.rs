@@ -36,7 +36,7 @@ pub fn run(args: &ExecArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         let code = match &error {
             Error::NotFound(_) => 127,
             Error::NotExecutable { .. } => 126,
-            _ => 125,
+            Error::Failed(_) => 125,
         };
         Coded::error(Exit::Code(code), error.to_string())
     })?;
@@ -73,22 +73,22 @@ fn render(report: &Report, command: &[OsString], format: Format) -> Result<Strin
     if let Some(why) = &report.unassisted {
         return Ok(format!("exec: `{program}` ran unassisted: {why}"));
     }
-    let clips = report.opens - report.elsewhere;
-    let mut line = format!(
-        "exec: {} of {clips} opens of clips got a snapshot ({}",
-        report.substituted,
-        human_bytes(report.bytes)
-    );
-    for (kind, count) in &report.kinds {
-        line.push_str(&format!(", {count} {kind}"));
-    }
-    line.push(')');
-    for (reason, count) in &report.by_reason {
-        line.push_str(&format!(", {count} through FUSE: {reason}"));
-    }
+    let kinds = report.kinds.iter();
+    let kinds: Vec<String> = kinds.map(|(kind, n)| format!(", {n} {kind}")).collect();
+    let reasons = report.by_reason.iter();
+    let mut rest: Vec<String> = reasons
+        .map(|(reason, n)| format!(", {n} through FUSE: {reason}"))
+        .collect();
     if report.interrupted > 0 {
-        line.push_str(&format!(", {} interrupted", report.interrupted));
+        rest.push(format!(", {} interrupted", report.interrupted));
     }
-    line.push_str(&format!("; {} other opens", report.elsewhere));
-    Ok(line)
+    Ok(format!(
+        "exec: {} of {} opens of clips got a snapshot ({}{}){}; {} other opens",
+        report.substituted,
+        report.opens - report.elsewhere,
+        human_bytes(report.bytes),
+        kinds.concat(),
+        rest.concat(),
+        report.elsewhere
+    ))
 }

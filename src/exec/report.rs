@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Serialize;
 
 use crate::reason::Reason;
-use crate::snapshot::SnapshotKind;
+use crate::snapshot::{SnapshotKind, Whole};
 
 /// What `exec` did, in numbers. `opens` is the sum of `elsewhere`,
 /// `substituted`, `interrupted` and of all in `by_reason`.
@@ -79,14 +79,15 @@ impl Counters {
         one(&self.reasons[reason as usize]);
     }
 
-    pub(super) fn substituted(&self, kind: SnapshotKind, size: u64, reused: bool) {
-        if let Some(index) = KINDS.iter().position(|k| *k == kind) {
-            one(&self.kinds[index]);
-        }
-        self.bytes.fetch_add(size, Ordering::Relaxed);
-        if reused {
-            one(&self.reused);
-        }
+    pub(super) fn substituted(&self, whole: &Whole) -> Substituted<'_> {
+        let substituted = Substituted {
+            counters: self,
+            kind: KINDS.iter().position(|k| *k == whole.kind).unwrap_or(0),
+            size: whole.size,
+            reused: u64::from(whole.reused),
+        };
+        substituted.add(1);
+        substituted
     }
 
     pub(super) fn report(&self) -> Report {
@@ -112,5 +113,30 @@ impl Counters {
             unassisted: None,
             no_new_privs: false,
         }
+    }
+}
+
+/// An open that is counted as substituted.
+pub(super) struct Substituted<'a> {
+    counters: &'a Counters,
+    kind: usize,
+    size: u64,
+    reused: u64,
+}
+
+impl Substituted<'_> {
+    /// It was not.
+    pub(super) fn take_back(self) {
+        self.add(1_u64.wrapping_neg());
+    }
+
+    /// Once, or minus once: the counters wrap around.
+    fn add(&self, times: u64) {
+        let add = |counter: &AtomicU64, number: u64| {
+            counter.fetch_add(number.wrapping_mul(times), Ordering::Relaxed);
+        };
+        add(&self.counters.kinds[self.kind], 1);
+        add(&self.counters.bytes, self.size);
+        add(&self.counters.reused, self.reused);
     }
 }

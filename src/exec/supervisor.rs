@@ -2,6 +2,7 @@
 //! the kernel go on as if nobody had asked.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -164,22 +165,19 @@ impl Supervisor {
             Verdict::Refused(refusal) => self.counters.refused(refusal.reason),
             Verdict::Whole(whole) => {
                 let cloexec = asked.is_some_and(|asked| asked.cloexec());
-                let injected = self.listener.inject(
-                    notification.id,
-                    std::os::fd::AsFd::as_fd(&whole.fd),
-                    cloexec,
-                );
-                match injected {
-                    Ok(()) => {
-                        self.counters
-                            .substituted(whole.kind, whole.size, whole.reused);
-                        return;
-                    }
-                    Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
-                        self.counters.interrupted();
-                    }
+                // Counted before: the caller may end, and the report be made,
+                // before this thread runs again.
+                let counted = self.counters.substituted(&whole);
+                let injected = self
+                    .listener
+                    .inject(notification.id, whole.fd.as_fd(), cloexec);
+                let Err(error) = injected else { return };
+                counted.take_back();
+                if error.raw_os_error() == Some(libc::ENOENT) {
+                    self.counters.interrupted();
+                } else {
                     // Such as a full table: the kernel has the right error.
-                    Err(_) => self.counters.refused(Reason::IoError),
+                    self.counters.refused(Reason::IoError);
                 }
             }
         }
@@ -205,7 +203,7 @@ impl Supervisor {
         let Ok(clip) = target::resolve(asked, buffer, self.root) else {
             return Verdict::Elsewhere;
         };
-        let clip = std::os::fd::AsFd::as_fd(&clip);
+        let clip = clip.as_fd();
         let Ok(stat) = target::look(clip) else {
             return Verdict::Elsewhere;
         };
@@ -220,11 +218,7 @@ impl Supervisor {
     }
 
     /// A clip on a watched mount: what costs more is asked only now.
-    fn hand_over(
-        &self,
-        asked: &Asked,
-        clip: std::os::fd::BorrowedFd<'_>,
-    ) -> Result<Whole, Refusal> {
+    fn hand_over(&self, asked: &Asked, clip: BorrowedFd<'_>) -> Result<Whole, Refusal> {
         let identity = self.sandboxes.check(asked.thread)?;
         if let Some(name) = self.programs.excluded(identity.tgid) {
             let name = name.display();
