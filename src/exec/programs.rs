@@ -5,10 +5,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 
-/// Programs that compare what a path leads to with what they have opened, and
-/// fail or behave otherwise when the two differ. `docs/REFERENCE.md` says what
+/// Programs that compare what a path leads to with what they have opened, or take
+/// more than bytes from it, such as its mode, and
+/// fail or behave otherwise. `docs/REFERENCE.md` says what
 /// each does; a test looks at those that are installed.
-pub const DEFAULT: &[&str] = &["cp", "mv", "install"];
+pub const DEFAULT: &[&str] = &[
+    "7z", "7za", "7zr", "bsdcpio", "bsdtar", "cp", "install", "mv", "tar",
+];
 
 /// Which programs get no other descriptor than the kernel's.
 #[derive(Debug, Clone)]
