@@ -14,6 +14,7 @@ mod store;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -114,6 +115,8 @@ pub struct SnapshotOptions {
 pub struct Snapshots {
     options: SnapshotOptions,
     store: Store,
+    /// Bytes of the copies that are being made.
+    filling: AtomicU64,
 }
 
 /// A clip's snapshot, and what tells whether it is current.
@@ -157,6 +160,7 @@ impl Snapshots {
         Self {
             options,
             store: Store::new(options.copy_budget),
+            filling: AtomicU64::new(0),
         }
     }
 
@@ -176,8 +180,8 @@ impl Snapshots {
             let detail = format!("{}=0", optin::VARIABLE);
             return Err(Refusal::new(Reason::Disabled, detail));
         }
-        let shown = Shown::by(clip)?;
         self.store.sweep();
+        let shown = Shown::by(clip)?;
         let slot = self.store.slot(&shown);
         let result = self.open_in(&slot, clip, &shown);
         self.store.leave(&shown, slot);
@@ -230,10 +234,14 @@ impl Snapshots {
                 charge: None,
             });
         }
-        let charge = self.store.reserve(clip.size())?;
-        memory::check(clip.size())?;
+        let size = clip.size();
+        let charge = self.store.reserve(size)?;
+        // Those that are being filled do not show in the available memory yet.
+        let others = self.filling.fetch_add(size, Ordering::AcqRel);
+        let filled = memory::check(size.saturating_add(others)).and_then(|()| copy::of(clip));
+        self.filling.fetch_sub(size, Ordering::AcqRel);
         Ok(Object {
-            fd: copy::of(clip)?,
+            fd: filled?,
             kind: SnapshotKind::Copy,
             charge: Some(charge),
         })
@@ -264,10 +272,8 @@ fn whole(object: &Object, size: u64, reused: bool) -> Result<Whole, Refusal> {
 /// The same file, opened anew and read-only.
 fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let fd = rustix::fs::open(path, flags, Mode::empty())?;
-    rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
-    Ok(fd)
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// What a snapshot's file shows of the clip besides its bytes: who may read it,

@@ -19,6 +19,9 @@ const TESTS: &str = concat!(
     include_str!("verify.rs"),
     include_str!("quarantine.rs"),
     include_str!("breaker.rs"),
+    include_str!("slow_disk.rs"),
+    include_str!("snapshot.rs"),
+    include_str!("snapshot_store.rs"),
     include_str!("torture/main.rs"),
 );
 

@@ -9,8 +9,10 @@ use std::path::Path;
 use std::process::Command;
 
 use common::clips::*;
+use common::snapshots::{ask, snapshots};
 use common::{content, put, rig};
-use vmafx_bypass::{BypassFile, Verify};
+use vmafx_bypass::snapshot::SnapshotMode;
+use vmafx_bypass::{BypassFile, Reason, Verify};
 
 /// A difference that verification has found stays known by any path.
 #[test]
@@ -34,6 +36,12 @@ fn a_quarantined_clip_is_quarantined_by_each_path() {
     damaged.write_all_at(b"damage", MIB as u64).unwrap();
     file.read_at(&mut block, MIB as u64).unwrap();
     println!("{:?} {:?}", file.mismatch(), file.refusal());
+    // Nor is it handed over whole.
+    let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
+    let handed = [rig.mountpoint(), bind.path().into()].map(|m| ask(&snapshots, &m.join(CLIP)));
+    for handed in handed {
+        assert_eq!(handed.unwrap_err().reason, Reason::Quarantined);
+    }
     let other = BypassFile::open(bind.path().join(CLIP)).unwrap();
     let refusal = other.refusal();
     drop(other);

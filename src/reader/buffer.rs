@@ -46,15 +46,20 @@ impl ReadAhead {
         let mut n = self.copy(out, position);
         if n > 0 {
             file.counters.add_cache(n);
-        } else if out.len() < SMALL
-            && position == self.next
-            && file.may_read_ahead()
-            && self.fill(file, position)
-        {
-            n = self.copy(out, position);
-            file.counters.add_cache(n);
         } else {
-            n = file.read_once(out, position)?;
+            if out.len() < SMALL
+                && position == self.next
+                && file.may_read_ahead()
+                && self.fill(file, position)
+            {
+                n = self.copy(out, position);
+                file.counters.add_cache(n);
+            }
+            // Also where the disk took so long that what was read ahead is too
+            // old by now: no byte of it is not the file's end.
+            if n == 0 {
+                n = file.read_once(out, position)?;
+            }
         }
         self.next = position + n as u64;
         Ok(n)

@@ -307,11 +307,13 @@ impl Epoch {
     /// nor rclone.
     pub(super) fn check_version(&self) -> Result<(), Refusal> {
         check_quarantine(&self.key)?;
-        self.check_data()?;
+        check_read_only(self.dev)?;
         if !self.lock_metadata().is_same_version_still() {
             return Err(changed("has new metadata"));
         }
-        check_read_only(self.dev)
+        // Last: before anyone gets a newer version through FUSE, rclone unlinks
+        // the old one's file.
+        self.check_data()
     }
 
     /// Whether another proof is of the same version in the same data file.

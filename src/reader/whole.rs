@@ -187,8 +187,6 @@ impl Vigil {
             let detail = format!("`{}` has changed", self.shown.path.display());
             return Err(Refusal::new(Reason::Changed, detail));
         }
-        // The data file last: whoever has read a newer version through FUSE has
-        // had rclone unlink it before.
         self.epoch.check_version()
     }
 

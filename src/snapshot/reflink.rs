@@ -43,7 +43,8 @@ pub(super) fn of(clip: &WholeClip) -> Result<Option<OwnedFd>, Refusal> {
 
 fn clone(clip: &WholeClip) -> Option<File> {
     let folder = clip.data_path().parent()?;
-    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    // O_EXCL: nobody can give it a name.
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = rustix::fs::open(folder, flags, Mode::RUSR).ok()?;
     rustix::fs::ioctl_ficlone(&file, clip.data()).ok()?;
     Some(file.into())

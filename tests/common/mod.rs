@@ -9,6 +9,10 @@ pub mod exec;
 
 pub mod fds;
 
+pub mod snapshots;
+
+pub mod xfs;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
