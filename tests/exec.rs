@@ -59,8 +59,13 @@ fn go_programs_get_snapshots() {
         &rig.mountpoint(),
         "rclone md5sum --config /dev/null . | sort",
     );
-    assert_eq!(done.substituted(), WHOLE.len() as u64, "{}", done.report);
-    assert_eq!(done.reason("partial"), 1);
+    // By the plain run, the last clip has become whole, too.
+    assert_eq!(
+        done.substituted(),
+        WHOLE.len() as u64 + 1,
+        "{}",
+        done.report
+    );
 }
 
 #[test]

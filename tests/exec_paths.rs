@@ -127,7 +127,8 @@ fn a_chroot_has_its_own_root() {
         "{}",
         done.stderr
     );
-    assert_eq!(done.substituted(), 4, "{}", done.report);
+    // By `..` a path leaves its folder, and only the kernel knows the root there.
+    assert_eq!(done.substituted(), 2, "{}", done.report);
 }
 
 #[test]
@@ -158,7 +159,8 @@ fn another_mount_namespace_has_its_own_mounts() {
         done.stderr
     );
     assert!(done.text().contains("tmpfs\n"));
-    assert_eq!(done.substituted(), 3, "{}", done.report);
+    // Not `../b`, as in a chroot.
+    assert_eq!(done.substituted(), 2, "{}", done.report);
 }
 
 #[test]

@@ -151,7 +151,7 @@ fn assemble(steps: &[Step]) -> Vec<sock_filter> {
     out
 }
 
-#[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::ffi::c_int;
@@ -198,7 +198,7 @@ mod tests {
     }
 
     fn openat(flags: c_int) -> bool {
-        notifies(libc::SYS_openat, [0, 0, flags as u32 as u64, 0, 0, 0])
+        notifies(libc::SYS_openat, [0, 0, u64::from(flags as u32), 0, 0, 0])
     }
 
     #[test]

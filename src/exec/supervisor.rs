@@ -203,15 +203,16 @@ impl Supervisor {
         let Ok(clip) = target::resolve(asked, buffer, self.root) else {
             return Verdict::Elsewhere;
         };
-        let clip = clip.as_fd();
-        let Ok(stat) = target::look(clip) else {
+        let Ok(stat) = target::look(clip.as_fd()) else {
             return Verdict::Elsewhere;
         };
-        let (major, minor) = (stat.stx_dev_major, stat.stx_dev_minor);
-        if !target::is_regular(&stat) || !self.watched.covers(major, minor, stat.stx_mnt_id, clip) {
+        if !target::is_regular(&stat) {
             return Verdict::Elsewhere;
         }
-        match self.hand_over(asked, clip) {
+        let Some(clip) = self.watched.own(asked.thread, clip, &stat) else {
+            return Verdict::Elsewhere;
+        };
+        match self.hand_over(asked, clip.as_fd()) {
             Ok(whole) => Verdict::Whole(whole),
             Err(refusal) => Verdict::Refused(refusal),
         }

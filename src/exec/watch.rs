@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx};
 
 use crate::mounts::{Dev, Mount, MountTable};
 
@@ -82,32 +83,35 @@ impl Watched {
             .contains_key(&Dev::new(major, minor))
     }
 
-    /// Whether a file on a watched superblock is below one of the prefixes.
-    pub(super) fn covers(
-        &self,
-        major: u32,
-        minor: u32,
-        mount_id: u64,
-        file: BorrowedFd<'_>,
-    ) -> bool {
+    /// A file on a watched superblock, below one of the prefixes, by a mount of
+    /// this process's own. `None`: it is to be left alone.
+    pub(super) fn own(&self, thread: u32, file: OwnedFd, stat: &Statx) -> Option<OwnedFd> {
         let now = self.now.load();
-        let Some(folders) = now.devices.get(&Dev::new(major, minor)) else {
-            return false;
-        };
-        if folders.iter().any(|folder| folder.as_os_str().is_empty()) {
-            return true;
+        let dev = Dev::new(stat.stx_dev_major, stat.stx_dev_minor);
+        let folders = now.devices.get(&dev)?;
+        let watches_all = folders.iter().any(|folder| folder.as_os_str().is_empty());
+        let is_of = |mount: &&Mount| mount.dev == dev;
+        let own = now.table.by_id(stat.stx_mnt_id).filter(is_of);
+        if own.is_some() && watches_all {
+            return Some(file);
         }
-        // The path as seen from a mount of ours; through another namespace's
-        // mount nobody can say.
-        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let Ok(path) = fs::read_link(link) else {
-            return false;
+        let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        let inside = if let Some(mount) = own {
+            mount.inside(&path)?
+        } else {
+            // A mount of the caller's namespace, where the path is of.
+            let table = fs::read(format!("/proc/{thread}/mountinfo")).ok()?;
+            let table = MountTable::parse(&table);
+            table.by_id(stat.stx_mnt_id).filter(is_of)?.inside(&path)?
         };
-        let Some(mount) = now.table.by_id(mount_id) else {
-            return false;
-        };
-        let inside = mount.inside(&path);
-        inside.is_some_and(|inside| folders.iter().any(|folder| inside.starts_with(folder)))
+        if !watches_all && !folders.iter().any(|folder| inside.starts_with(folder)) {
+            return None;
+        }
+        if own.is_some() {
+            return Some(file);
+        }
+        let mut mounts = now.table.iter().filter(is_of);
+        mounts.find_map(|mount| same(&mount.outside(&inside)?, stat))
     }
 
     /// Follows the mount table; does not return but on an error.
@@ -132,4 +136,14 @@ impl Watched {
 fn rclone_mount<'a>(table: &'a MountTable, path: &Path) -> Option<(&'a Mount, PathBuf)> {
     let mount = table.containing(path).filter(|mount| mount.is_rclone())?;
     mount.inside(path).map(|inside| (mount, inside))
+}
+
+/// Opens a path with O_PATH, if it is that of the same inode.
+fn same(path: &Path, stat: &Statx) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let file = rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve).ok()?;
+    let found = super::target::look(file.as_fd()).ok()?;
+    let identity = |s: &Statx| (s.stx_dev_major, s.stx_dev_minor, s.stx_ino);
+    (identity(&found) == identity(stat)).then_some(file)
 }
