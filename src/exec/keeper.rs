@@ -101,6 +101,8 @@ fn hide(alive: &OwnedFd, door: &UnixStream) -> io::Result<()> {
     for number in 0..3 {
         unsafe_calls::replace(null.as_fd(), number)?;
     }
+    // Here, and not by its number.
+    drop(null);
     unsafe_calls::close_all_but(&[alive.as_raw_fd(), door.as_raw_fd()]);
     // As it is shown by ps(1).
     let _ = nix::sys::prctl::set_name(c"vmafx-keeper");
