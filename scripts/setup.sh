@@ -5,7 +5,7 @@
 #   clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev   the build
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
-#   python3 util-linux bindfs strace stress-ng xfsprogs         the tests
+#   python3 util-linux bindfs strace stress-ng git sqlite3 xfsprogs  the tests
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #
 # The tests also run against a newer rclone than Debian's, from the Python
@@ -17,7 +17,7 @@ packages=(
     clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev
     rclone fuse3
     ffmpeg
-    python3 util-linux bindfs strace stress-ng xfsprogs
+    python3 util-linux bindfs strace stress-ng git sqlite3 xfsprogs
     qemu-system-x86 busybox-static cpio
 )
 rclone_new=1.75.2

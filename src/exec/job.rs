@@ -89,6 +89,8 @@ impl Job {
         if self.stopped
             && let Some((signal, when)) = self.wanted.take()
             && when.elapsed() < ANSWER
+            // Else it is over already: stopping now would undo it.
+            && !unsafe_calls::is_pending(Signal::SIGCONT)
         {
             stop(signal);
             // Who lets this process go on lets the command go on.

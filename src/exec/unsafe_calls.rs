@@ -251,6 +251,17 @@ pub(super) struct Taken {
     pub(super) by_process: bool,
 }
 
+/// Whether a blocked signal waits to be taken.
+pub(super) fn is_pending(signal: Signal) -> bool {
+    // SAFETY: zeroes are a valid set, which the kernel overwrites.
+    let mut set: libc::sigset_t = unsafe { zeroed() };
+    // SAFETY: `set` lives during both calls.
+    unsafe {
+        libc::sigpending(&raw mut set) == 0
+            && libc::sigismember(&raw const set, signal as c_int) == 1
+    }
+}
+
 /// Waits for one of some blocked signals; `None`: for one without a name.
 pub(super) fn take_signal(set: &SigSet) -> Option<Taken> {
     // SAFETY: plain integers; the kernel overwrites it.
