@@ -3,13 +3,25 @@
 
 mod common;
 
+use std::fs;
 use std::io::Read;
+use std::path::Path;
+use std::sync::Mutex;
 
 use common::clips::*;
+use common::eventually;
+use common::snapshots::{ask, bytes_of, snapshots};
+use vmafx_bypass::Reason;
+use vmafx_bypass::rig::Rig;
+use vmafx_bypass::snapshot::SnapshotMode;
+
+/// A process has one tracer.
+static ONE: Mutex<()> = Mutex::new(());
 
 /// What is read ahead is old by the time that it is there.
 #[test]
 fn a_slow_disk_does_not_end_a_file() {
+    let _one = ONE.lock();
     each_rclone(MIB, &[], |rig, bytes| {
         let mut file = open_cached(rig);
         let slow = Slow::start(std::process::id(), "pread64:delay_exit=50ms");
@@ -24,4 +36,56 @@ fn a_slow_disk_does_not_end_a_file() {
         assert!(read == bytes[..read.len()]);
         assert_eq!(file.stats().fuse_bytes(), 0);
     });
+}
+
+/// A copy counts only if all was the clip's when its last byte was there.
+#[test]
+fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
+    type Change = fn(&Rig);
+    let _one = ONE.lock();
+    let changes: [(&str, Change); 3] = [
+        ("nothing", |_| ()),
+        ("its cache file is removed", |rig| {
+            fs::remove_file(cache_file(rig, "vfs", CLIP)).unwrap();
+        }),
+        ("its metadata names another version", |rig| {
+            edit_metadata(rig, CLIP, |text| {
+                text.replace("\"Fingerprint\": \"", "\"Fingerprint\": \"1")
+            });
+        }),
+    ];
+    for (what, change) in changes {
+        each_rclone(16 * MIB, &[], |rig, bytes| {
+            rig.cache_whole(Path::new(CLIP)).unwrap();
+            let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
+            let path = clip(rig);
+            let slow = Slow::start(std::process::id(), "pread64:delay_exit=50ms");
+            let result = std::thread::scope(|scope| {
+                let asks = scope.spawn(|| ask(&snapshots, &path));
+                eventually("a copy begun", copies);
+                change(rig);
+                asks.join().unwrap()
+            });
+            drop(slow);
+            match result {
+                Ok(whole) => {
+                    assert_eq!(what, "nothing");
+                    assert!(bytes_of(whole.fd) == bytes);
+                }
+                Err(refusal) => {
+                    assert_ne!(what, "nothing", "{refusal}");
+                    assert_eq!(refusal.reason, Reason::Changed, "{what}: {refusal}");
+                }
+            }
+            drop(snapshots);
+            assert!(!copies(), "a descriptor is left");
+        });
+    }
+}
+
+/// Whether this process has a copy of a clip open.
+fn copies() -> bool {
+    let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    open.filter_map(|fd| fs::read_link(fd.path()).ok())
+        .any(|target| target.to_string_lossy().contains("memfd:vmafx-bypass-clip"))
 }
