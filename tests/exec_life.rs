@@ -401,7 +401,9 @@ fn a_stopped_supervisor_holds_nobody_up_for_long() {
     assert!(done.substituted() >= 3, "{}", done.report);
 }
 
-/// A shell with job control at a terminal of its own, by Python's pty.
+/// A shell with job control at a terminal of its own, by Python's pty. Keys wait
+/// until the command sleeps: a shell that is stopped, or interrupted, between two
+/// of its commands may not take notice, with or without `exec`.
 const TERMINAL: &str = "import pty,os,sys,time,select,signal\n\
     pid,fd=pty.fork()\n\
     if pid==0: os.execvp('bash',['bash','--norc','--noprofile','-i'])\n\
@@ -414,6 +416,7 @@ const TERMINAL: &str = "import pty,os,sys,time,select,signal\n\
     \x20 if select.select([fd],[],[],.1)[0]: seen+=os.read(fd,4096)\n\
     \x20seen=seen[seen.index(text)+len(text):]\n\
     def type(text): os.write(fd,text)\n\
+    def key(text): time.sleep(.5); type(text)\n\
     type(b'PS1=; stty -echo; echo re\"\"ady\\n'); until(b'ready')\n";
 
 #[test]
@@ -423,15 +426,15 @@ fn a_terminal_stops_continues_and_interrupts_the_job() {
     let script = format!(
         "{TERMINAL}\
          type(b'{program} exec --report -- sh -c \"echo on; md5sum clip; sleep 1; md5sum b; sleep 100\"\\n'); until(b'on'); until(b'clip')\n\
-         type(b'\\x1a'); until(b'Stopped'); type(b'echo st=$?\\n'); until(b'st=148')\n\
+         key(b'\\x1a'); until(b'Stopped'); type(b'echo st=$?\\n'); until(b'st=148')\n\
          type(b'jobs -l; fg\\n'); until(b'Stopped'); until(b'b\\r')\n\
-         type(b'\\x03'); until(b'exec: 2 of 2'); type(b'echo st=$?\\n'); until(b'st=130')\n\
+         key(b'\\x03'); until(b'exec: 2 of 2'); type(b'echo st=$?\\n'); until(b'st=130')\n\
          type(b'{program} exec -- cat\\n'); time.sleep(.5); type(b'hello\\n'); until(b'hello')\n\
-         type(b'\\x1a'); until(b'Stopped'); type(b'bg; sleep 1; jobs\\n'); until(b'Stopped')\n\
+         key(b'\\x1a'); until(b'Stopped'); type(b'bg; sleep 1; jobs\\n'); until(b'Stopped')\n\
          type(b'fg\\n'); time.sleep(.5); type(b'again\\n'); until(b'again'); type(b'\\x04'); time.sleep(.5)\n\
          type(b'echo st=$?\\n'); until(b'st=0')\n\
          type(b'{program} exec -- sh -c \"trap \\\\\"echo got; exit 9\\\\\" INT; echo on; while :; do sleep .1; done\"\\n'); until(b'on')\n\
-         type(b'\\x03'); until(b'got'); type(b'echo st=$?\\n'); until(b'st=9')\n\
+         key(b'\\x03'); until(b'got'); type(b'echo st=$?\\n'); until(b'st=9')\n\
          print('well')"
     );
     let output = Command::new("python3")
