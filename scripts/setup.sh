@@ -5,7 +5,7 @@
 #   clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev   the build
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
-#   python3 util-linux bindfs strace stress-ng xfsprogs         the tests
+#   python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3  the tests
 #   g++ binutils valgrind golang-go                             the tests of the library for C
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #
@@ -18,7 +18,7 @@ packages=(
     clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev
     rclone fuse3
     ffmpeg
-    python3 util-linux bindfs strace stress-ng xfsprogs
+    python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3
     g++ binutils valgrind golang-go
     qemu-system-x86 busybox-static cpio
 )

@@ -1,5 +1,6 @@
 //! The command line's types.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -41,6 +42,12 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Measure FUSE, the bypass and the raw cache file side by side.
     Bench(BenchArgs),
+    /// Run a program that nobody will change, past FUSE.
+    ///
+    /// What it opens for reading on rclone mounts, and is whole in the cache, it
+    /// gets as a snapshot: a reflink or a sealed copy. All else goes on as
+    /// without exec.
+    Exec(ExecArgs),
     /// Complete clips in rclone's cache: read what is missing, and only that.
     Warm(WarmArgs),
 }
@@ -306,6 +313,47 @@ pub struct WarmArgs {
     /// How to print results.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes: the command's own, or its death by the same signal; 125 exec itself
+failed; 126 the command cannot be executed; 127 it was not found.")]
+pub struct ExecArgs {
+    /// Watch clips below these folders alone, and not all rclone mounts.
+    #[arg(long, value_delimiter = ',', value_name = "DIR")]
+    pub prefix: Vec<PathBuf>,
+    /// Tell at the end, on standard error, what became of the opens.
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true,
+          default_missing_value = "text", value_name = "FORMAT")]
+    pub report: Option<Format>,
+    /// How clips are handed over.
+    #[arg(long, value_enum, default_value_t = Snapshot::Auto)]
+    pub snapshot: Snapshot,
+    /// Memory for sealed copies, at most.
+    #[arg(long, default_value = "4GiB", value_name = "SIZE")]
+    pub copy_budget: Size,
+    /// Programs, by name, to be taken off the list of those that are left alone.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub include: Vec<OsString>,
+    /// Further programs to be left alone.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub exclude: Vec<OsString>,
+    /// The command and its arguments.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Snapshot {
+    /// As a reflink where the cache's file system can, else as a sealed copy,
+    /// else through FUSE.
+    Auto,
+    /// The same; without assistance the command does not run.
+    Require,
+    /// The cache file itself, while nobody else has it open: for remotes whose
+    /// clips never change.
+    Off,
 }
 
 /// A number of bytes: `4096`, `64KiB`, `100MiB`.

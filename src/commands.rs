@@ -5,6 +5,7 @@ pub mod doctor;
 pub mod dump_map;
 #[cfg(feature = "ebpf")]
 mod estimate;
+pub mod exec;
 pub mod explain;
 pub mod read;
 pub mod run;

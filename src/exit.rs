@@ -21,6 +21,8 @@ pub enum Exit {
     Gate,
     /// Ended by this signal.
     Signal(u8),
+    /// That of a command that was run, or why it was not.
+    Code(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -33,6 +35,7 @@ impl From<Exit> for ExitCode {
             Exit::Mismatch => 4,
             Exit::Gate => 5,
             Exit::Signal(number) => 128 + number,
+            Exit::Code(code) => code,
         })
     }
 }

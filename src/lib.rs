@@ -11,6 +11,7 @@
 //! - [`handover`] gives cache files to processes that may not open them.
 //! - [`snapshot`] hands whole clips over, as descriptors whose bytes never change.
 //! - [`mod@bench`] compares the ways to read a clip.
+//! - [`exec`] runs unmodified programs, and answers their opens of clips.
 //! - [`warm`] completes clips in the cache.
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
@@ -18,6 +19,7 @@
 pub mod bench;
 pub mod cache;
 mod clips;
+pub mod exec;
 pub mod handover;
 pub mod mounts;
 pub mod optin;

@@ -6,6 +6,7 @@ mod exit;
 // Without the tracker there are fewer things to print.
 #[cfg_attr(not(feature = "ebpf"), allow(dead_code, unused_imports))]
 mod output;
+mod pipe;
 mod signals;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => commands::doctor::run(&args, &notes),
         Command::Explain(args) => commands::explain::run(&args),
         Command::Bench(args) => commands::bench::run(&args, &notes, signals),
+        Command::Exec(args) => commands::exec::run(&args, &notes, signals),
         Command::Warm(args) => commands::warm::run(&args, &notes, signals),
     };
     match result {

@@ -101,6 +101,13 @@ reasons! {
     Permission = "permission", "run as rclone's user, with CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE, or set VMAFX_BYPASS_SOCKET to the socket of `run --socket`";
     /// The descriptor is open for writing.
     WriteOpen = "write_open", "open the clip read-only";
+    /// `exec`: who opens the clip has other rights than `exec` itself.
+    Credentials = "credentials", "run exec itself as the user that opens the clips, inside su, sudo or the container";
+    /// `exec`: who opens the clip is, or may be, in a sandbox that `exec` itself
+    /// is not in.
+    Sandboxed = "sandboxed", "nothing to do, or start exec inside the sandbox";
+    /// `exec`: the program is on the list of those that are left alone.
+    Program = "program", "read the clip by another program, or name it with --include if you know that it does no harm";
     /// A system call failed on the way to a proof.
     IoError = "io_error", "see the message; is the daemon alive and the cache's disk healthy?";
     /// A verification found other bytes in the cache than FUSE's, in this file

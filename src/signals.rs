@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
 use crate::exit::Exit;
 
@@ -13,15 +13,24 @@ use crate::exit::Exit;
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Signals that are blocked and wait to be taken.
-pub struct Signals(SigSet);
+pub struct Signals {
+    set: SigSet,
+    before: SigSet,
+}
 
 impl Signals {
     /// Blocks both signals in this thread and in all that it starts.
     pub fn block() -> Self {
         let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
         // Only an invalid set makes it fail.
-        let _ = set.thread_block();
-        Self(set)
+        let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+        let before = before.unwrap_or(SigSet::empty());
+        Self { set, before }
+    }
+
+    /// What was blocked before: the mask that this program was started with.
+    pub fn mask_before(&self) -> SigSet {
+        self.before
     }
 
     /// Calls `on_signal` at the first signal. A second one, or the end of the
@@ -32,7 +41,7 @@ impl Signals {
         let spawned = std::thread::Builder::new()
             .name("vmafx-signals".into())
             .spawn(move || {
-                let Ok(signal) = self.0.wait() else { return };
+                let Ok(signal) = self.set.wait() else { return };
                 flag.0.signal.store(signal as u8, Ordering::SeqCst);
                 on_signal();
                 let late = flag.clone();
@@ -46,7 +55,7 @@ impl Signals {
                         std::thread::sleep(GRACE);
                     }
                 });
-                if let Ok(second) = self.0.wait() {
+                if let Ok(second) = self.set.wait() {
                     std::process::exit(flag.code(second));
                 }
             });
@@ -61,7 +70,7 @@ impl Signals {
     /// Lets both signals end the process, as by default.
     pub fn unblock(self) {
         // As in `block`.
-        let _ = self.0.thread_unblock();
+        let _ = self.set.thread_unblock();
     }
 }
 

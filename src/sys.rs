@@ -17,6 +17,13 @@ fn stat(pid: u32) -> Option<String> {
     String::from_utf8(stat.get(after_name..)?.to_vec()).ok()
 }
 
+/// A process's state as a letter: `R`, `S`, `T` for stopped. `None` where there
+/// is no such process.
+#[must_use]
+pub(crate) fn state(pid: u32) -> Option<char> {
+    stat(pid)?.chars().next()
+}
+
 /// The pid of a process's parent. `None` where there is no such process.
 #[must_use]
 pub(crate) fn parent(pid: u32) -> Option<u32> {

@@ -25,6 +25,10 @@ const TESTS: &str = concat!(
     include_str!("slow_disk.rs"),
     include_str!("snapshot.rs"),
     include_str!("snapshot_store.rs"),
+    include_str!("exec.rs"),
+    include_str!("exec_paths.rs"),
+    include_str!("exec_rights.rs"),
+    include_str!("exec_life.rs"),
     include_str!("torture/main.rs"),
 );
 
@@ -71,6 +75,12 @@ fn every_kind_of_mount_names_a_test_that_exists() {
         }
     }
     assert!(names >= 25);
+}
+
+#[test]
+fn every_program_that_is_left_alone_is_documented() {
+    let programs = vmafx_bypass::exec::EXCLUDED_PROGRAMS.iter().copied();
+    assert_eq!(table("Programs that are left alone"), programs.collect());
 }
 
 #[cfg(feature = "ebpf")]

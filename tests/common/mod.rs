@@ -5,6 +5,8 @@ pub mod alike;
 
 pub mod clips;
 
+pub mod exec;
+
 pub mod fds;
 
 pub mod handover;

@@ -1,0 +1,237 @@
+//! Answers opens: with a snapshot where all of it is certain, else by letting
+//! the kernel go on as if nobody had asked.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use nix::libc::{self, c_long, seccomp_notif};
+use nix::poll::{PollFlags, PollTimeout};
+use rustix::fs::OFlags;
+
+use super::filter::SYS_LANDLOCK_RESTRICT_SELF;
+use super::identity::Sandboxes;
+use super::notify::{Board, Listener, Seat};
+use super::programs::Programs;
+use super::report::Counters;
+use super::target::{self, Asked, PathBuffer, Root};
+use super::watch::Watched;
+use crate::reason::{Reason, Refusal};
+use crate::snapshot::{Snapshots, Whole};
+
+/// Threads at the start: while one is at work, another waits.
+const THREADS: usize = 2;
+/// Of each; nothing here recurses.
+const STACK: usize = 512 << 10;
+
+/// What the threads share.
+pub(super) struct Supervisor {
+    pub(super) listener: Listener,
+    pub(super) board: &'static Board,
+    pub(super) watched: Watched,
+    pub(super) sandboxes: Sandboxes,
+    pub(super) programs: Programs,
+    pub(super) snapshots: Snapshots,
+    pub(super) counters: Counters,
+    pub(super) root: Root,
+    /// Whether a process may see other files below a path than this one does.
+    views_differ: AtomicBool,
+    /// Threads that wait for a notification.
+    idle: AtomicUsize,
+}
+
+/// What is done with an open.
+enum Verdict {
+    /// It is of no clip on a watched mount.
+    Elsewhere,
+    /// A clip, through FUSE.
+    Refused(Refusal),
+    Whole(Whole),
+}
+
+impl Supervisor {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        listener: Listener,
+        board: &'static Board,
+        watched: Watched,
+        sandboxes: Sandboxes,
+        programs: Programs,
+        snapshots: Snapshots,
+        root: Root,
+    ) -> Self {
+        Self {
+            listener,
+            board,
+            watched,
+            sandboxes,
+            programs,
+            snapshots,
+            counters: Counters::new(),
+            root,
+            views_differ: AtomicBool::new(false),
+            idle: AtomicUsize::new(0),
+        }
+    }
+
+    /// Starts to answer.
+    pub(super) fn start(self: &Arc<Self>) -> io::Result<()> {
+        self.listener.prefer_sync_wake_up();
+        for _ in 0..THREADS {
+            self.add_thread()?;
+        }
+        let own = Arc::clone(self);
+        thread::Builder::new()
+            .name("exec-mounts".into())
+            .stack_size(STACK)
+            // Without it, mounts that come later are not watched.
+            .spawn(move || own.watched.follow())?;
+        Ok(())
+    }
+
+    fn add_thread(self: &Arc<Self>) -> io::Result<()> {
+        let Some(seat) = self.board.seat() else {
+            return Ok(());
+        };
+        let own = Arc::clone(self);
+        // Counted before it runs, so that not everyone who finds nobody idle
+        // starts another.
+        self.idle.fetch_add(1, Ordering::Relaxed);
+        let spawned = thread::Builder::new()
+            .name("exec-opens".into())
+            .stack_size(STACK)
+            .spawn(move || own.serve(seat));
+        if spawned.is_err() {
+            self.idle.fetch_sub(1, Ordering::Relaxed);
+        }
+        spawned.map(drop)
+    }
+
+    fn serve(self: &Arc<Self>, mut seat: Seat) {
+        let mut buffer = PathBuffer::new();
+        loop {
+            match self.listener.receive(&mut seat) {
+                Ok(notification) => {
+                    // Nobody waits any more: any step from here on may wait for
+                    // a file system, and other opens must not.
+                    if self.idle.fetch_sub(1, Ordering::Relaxed) == 1 {
+                        // Else they wait a little, and the keeper sees to the rest.
+                        let _ = self.add_thread();
+                    }
+                    self.answer(&notification, &mut buffer);
+                    seat.clear();
+                    self.idle.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                Err(_) => {
+                    // Its process was killed, or all are gone.
+                    let ready = self.listener.ready(PollTimeout::ZERO);
+                    if ready.contains(PollFlags::POLLHUP) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Answers one call. Facts from /proc are those of the caller, and not of a
+    /// later process of its number: while the notification is valid, the caller
+    /// is in its call, and the answer fails once it is not.
+    fn answer(&self, notification: &seccomp_notif, buffer: &mut PathBuffer) {
+        let thread = notification.pid;
+        let data = &notification.data;
+        let nr = c_long::from(data.nr);
+        if nr == SYS_LANDLOCK_RESTRICT_SELF {
+            self.sandboxes.restricts_itself(thread);
+            let _ = self.listener.go_on(notification.id);
+            return;
+        }
+        if super::filter::CHANGES_THE_VIEW.contains(&nr) {
+            self.views_differ.store(true, Ordering::Relaxed);
+            let _ = self.listener.go_on(notification.id);
+            return;
+        }
+        self.counters.seen();
+        let asked = Asked::parse(thread, data);
+        // 0: not to be seen in this pid namespace.
+        let verdict = match asked.filter(|_| thread != 0) {
+            None => Verdict::Elsewhere,
+            Some(asked) => self.judge(&asked, buffer),
+        };
+        match verdict {
+            Verdict::Elsewhere => self.counters.elsewhere(),
+            Verdict::Refused(refusal) => self.counters.refused(refusal.reason),
+            Verdict::Whole(whole) => {
+                let cloexec = asked.is_some_and(|asked| asked.cloexec());
+                // Counted before: the caller may end, and the report be made,
+                // before this thread runs again.
+                let counted = self.counters.substituted(&whole);
+                let injected = self
+                    .listener
+                    .inject(notification.id, whole.fd.as_fd(), cloexec);
+                let Err(error) = injected else { return };
+                counted.take_back();
+                if error.raw_os_error() == Some(libc::ENOENT) {
+                    self.counters.interrupted();
+                } else {
+                    // Such as a full table: the kernel has the right error.
+                    self.counters.refused(Reason::IoError);
+                }
+            }
+        }
+        // ENOENT: nobody waits any more.
+        let _ = self.listener.go_on(notification.id);
+    }
+
+    fn judge(&self, asked: &Asked, buffer: &mut PathBuffer) -> Verdict {
+        if buffer.fill(asked).is_none() {
+            return Verdict::Elsewhere;
+        }
+        // Most opens end here. Where the glance is wrong, since the caller sees
+        // other files, a clip goes through FUSE.
+        if !self.views_differ.load(Ordering::Relaxed) {
+            let stat = buffer.glance(asked);
+            let watched = |s: &rustix::fs::Statx| {
+                target::is_regular(s) && self.watched.has(s.stx_dev_major, s.stx_dev_minor)
+            };
+            if !stat.is_some_and(|stat| watched(&stat)) {
+                return Verdict::Elsewhere;
+            }
+        }
+        let Ok(clip) = target::resolve(asked, buffer, self.root) else {
+            return Verdict::Elsewhere;
+        };
+        let Ok(stat) = target::look(clip.as_fd()) else {
+            return Verdict::Elsewhere;
+        };
+        if !target::is_regular(&stat) {
+            return Verdict::Elsewhere;
+        }
+        let Some(clip) = self.watched.own(asked.thread, clip, &stat) else {
+            return Verdict::Elsewhere;
+        };
+        match self.hand_over(asked, clip.as_fd()) {
+            Ok(whole) => Verdict::Whole(whole),
+            Err(refusal) => Verdict::Refused(refusal),
+        }
+    }
+
+    /// A clip on a watched mount: what costs more is asked only now.
+    fn hand_over(&self, asked: &Asked, clip: BorrowedFd<'_>) -> Result<Whole, Refusal> {
+        let identity = self.sandboxes.check(asked.thread)?;
+        if let Some(name) = self.programs.excluded(identity.tgid) {
+            let name = name.display();
+            let detail = format!("`{name}` compares paths with what it has opened");
+            return Err(Refusal::new(Reason::Program, detail));
+        }
+        let whole = self.snapshots.open(clip)?;
+        if asked.nonblocking() {
+            // As fcntl(F_GETFL) is to show it; the description is the caller's alone.
+            rustix::fs::fcntl_setfl(&whole.fd, OFlags::NONBLOCK)
+                .map_err(|e| Refusal::new(Reason::IoError, format!("fcntl: {e}")))?;
+        }
+        Ok(whole)
+    }
+}
