@@ -168,6 +168,43 @@ fn a_process_of_10_000_descriptors_forks() {
     end(tracking);
 }
 
+/// Each forks the next one before anybody has looked at its own descriptors.
+#[test]
+fn generations_of_processes_of_many_descriptors_fork_at_once() {
+    let rig = clips();
+    let tracking = Tracking::start(&rig.mountpoint(), &[]);
+    let mut worker = Worker::start(
+        &rig.mountpoint(),
+        &(LIBC.to_owned()
+            + "fd=os.open('clip0',os.O_RDONLY); os.dup2(fd,1023); import resource\n\
+         resource.setrlimit(resource.RLIMIT_NOFILE,(2100,2100)); os.dup2(fd,2000)\n\
+         me=os.getpid(); r,w=os.pipe(); generation=0\n\
+         while generation<6 and os.fork()==0: generation+=1\n\
+         os.write(w,b'%d '%os.getpid())\n\
+         if generation: libc.prctl(1,9); time.sleep(1000)\n\
+         pids=b''\n\
+         while pids.count(b' ')<7: pids+=os.read(r,999)\n\
+         print(pids.decode(),flush=True); sys.stdin.readline()\n\
+         for pid in pids.split(): int(pid)!=me and os.kill(int(pid),9)"),
+        &[],
+    );
+    let line = worker.line();
+    let pids: Vec<u32> = line.split(' ').map(|pid| pid.parse().unwrap()).collect();
+    assert_eq!(pids.len(), 7, "{line}");
+    let mut dump = tracking.dump();
+    eventually("reconciliation", || {
+        dump = tracking.dump();
+        dump["complete"] == true
+    });
+    for pid in pids {
+        let open = truth(pid, &rig.mountpoint());
+        assert_eq!((dumped(&dump, pid), open.len()), (open, 3));
+    }
+    worker.proceed();
+    worker.kill();
+    end(tracking);
+}
+
 #[test]
 fn descriptors_passed_over_sockets_are_received() {
     let seen = follow(

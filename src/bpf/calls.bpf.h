@@ -303,7 +303,7 @@ static __always_inline void handle_recvmsg(const struct called *call)
 	if (call->ret < 0 && call->ret != -EFAULT)
 		return;
 	if (call->compat || call->ret < 0) {
-		mark(current_tgid(), VB_MARK_FOUND);
+		mark_unseen(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
 	passed.left = find_passed((const struct user_msghdr *)argument(call, 1), &passed.from);
@@ -329,7 +329,7 @@ static long look_for_passed(void *map, const __u32 *index, __u64 *unused,
 	if (!messages->left--)
 		return 1;
 	if (find_passed((const struct user_msghdr *)messages->from, &from)) {
-		mark(current_tgid(), VB_MARK_FOUND);
+		mark_unseen(current_tgid(), VB_MARK_FOUND);
 		return 1;
 	}
 	messages->from += sizeof(struct mmsghdr);
@@ -343,7 +343,7 @@ static __always_inline void handle_recvmmsg(const struct called *call)
 	if (call->ret <= 0 && call->ret != -EFAULT)
 		return;
 	if (call->compat || call->ret < 0) {
-		mark(current_tgid(), VB_MARK_FOUND);
+		mark_unseen(current_tgid(), VB_MARK_FOUND);
 		return;
 	}
 	messages.from = argument(call, 1);
@@ -390,7 +390,7 @@ static __always_inline void handle_addfd(const struct called *call)
 				follow_fd((__u64)task, pid, call->ret, VB_EVENT_RECEIVE, 0);
 			/* It may have been killed, and be gone already. */
 			if (sent || !table_of(task))
-				mark(pid, VB_MARK_FOUND);
+				mark_unseen(pid, VB_MARK_FOUND);
 			return;
 		}
 		at = BPF_CORE_READ(at, next);
@@ -414,7 +414,7 @@ static __always_inline int handle_install(struct file *file, enum call kind)
 		return 0;
 	tgid = current_tgid();
 	if (tgid)
-		mark(table_id(bpf_get_current_task(), tgid), VB_MARK_FOUND);
+		mark_unseen(table_id(bpf_get_current_task(), tgid), VB_MARK_FOUND);
 	return 0;
 }
 
@@ -465,7 +465,7 @@ static __always_inline int handle_exit(enum call kind, const struct called *call
 		__u32 which = argument(call, 0);
 
 		if (call->ret >= 0 && (which == SYS_RECVMSG || which == SYS_RECVMMSG))
-			mark(current_tgid(), VB_MARK_FOUND);
+			mark_unseen(current_tgid(), VB_MARK_FOUND);
 		break;
 	}
 	default:

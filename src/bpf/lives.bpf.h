@@ -141,7 +141,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	}
 	walk.last = table_size(files) - 1;
 	if (walk.last >= INLINE_SLOTS)
-		mark(walk.pid, VB_MARK_FORKED);
+		mark_unseen(walk.pid, VB_MARK_FORKED);
 	else
 		walk_table(&walk);
 	return 0;
@@ -156,9 +156,12 @@ static __always_inline int handle_exec(struct task_struct *task, __u32 old_tid)
 
 	if (!proc)
 		return 0;
-	/* A thread with a table of its own has become the process. */
-	if (!pidns_inum && old_tid != tgid)
-		drop_table(0, old_tid, true);
+	/*
+	 * A thread with a table of its own has become the process. Its number is free,
+	 * and may be another's by now.
+	 */
+	if (!pidns_inum && old_tid != tgid && find_proc(old_tid))
+		mark(old_tid, VB_MARK_FOUND);
 	walk.last = table_size(BPF_CORE_READ(task, files)) - 1;
 	/* The table may be a smaller copy of the one before: then the rest of it. */
 	if (!walk_table(&walk) || proc->entries != walk.found)
@@ -278,8 +281,14 @@ static __always_inline int handle_reconcile(__u32 pid, __u32 from, __u32 kind)
 
 	if (!task) {
 		drop_table(0, pid, true);
-		/* The number may have been given away again before that. */
-		return find_task(pid) ? 0 : VB_RECONCILE_GONE;
+		if (!find_task(pid))
+			return VB_RECONCILE_GONE;
+		/*
+		 * The number was given away again before that, and what is forked from
+		 * who has it is not looked at until it has been.
+		 */
+		mark(VB_MARK_ALL, VB_MARK_FOUND);
+		return 0;
 	}
 	tgid = tgid_of(task);
 	process = tgid == pid;

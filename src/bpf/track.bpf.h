@@ -398,6 +398,16 @@ __noinline int note_proc(__u32 pid, __u64 flags)
 }
 
 /*
+ * Has user space reconcile a table whose descriptors nobody has looked at. It is
+ * noted at once, so that what is forked from it until then is looked at, too.
+ */
+static __always_inline void mark_unseen(__u32 pid, __u32 why)
+{
+	note_proc(pid, 0);
+	mark(pid, why);
+}
+
+/*
  * The name of a task's descriptor table: its process, or the thread itself
  * where it does not have the table of the process's first thread.
  */
