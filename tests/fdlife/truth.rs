@@ -25,7 +25,8 @@ pub type File = (PathBuf, u64, i32);
 pub type Table = BTreeMap<(u32, u32), File>;
 
 /// A process without its first thread, whose table is nobody's now: one of those
-/// that are left, or none, counts as the process's.
+/// that are left, or none, counts as the process's, beside being that of threads that
+/// count by themselves.
 pub struct Headless {
     pid: u32,
     tables: Vec<Shared>,
@@ -129,7 +130,7 @@ impl Reader {
             return;
         }
         let own = tables.iter().position(|table| table.tids.contains(&pid));
-        truth.table.extend(entries(pid, &tables, own));
+        truth.table.extend(entries(pid, &tables, own, &[]));
     }
 
     /// The mount's regular files that a table has open for reading or writing.
@@ -161,18 +162,16 @@ impl Reader {
 }
 
 /// The entries of a process that has the table `own`, the threads that have
-/// others by themselves.
-fn entries(pid: u32, tables: &[Shared], own: Option<usize>) -> Table {
+/// others by themselves, and those that have the former and count by themselves.
+fn entries(pid: u32, tables: &[Shared], own: Option<usize>, apart: &[u32]) -> Table {
     let mut all = Table::new();
     for (index, table) in tables.iter().enumerate() {
-        let ids = if own == Some(index) {
-            &[pid][..]
-        } else {
-            &table.tids
-        };
-        for id in ids {
+        let is_own = own == Some(index);
+        let tids = table.tids.iter().copied();
+        let tids = tids.filter(|tid| !is_own || apart.contains(tid));
+        for id in tids.chain(is_own.then_some(pid)) {
             let files = table.files.iter().cloned();
-            all.extend(files.map(|(fd, file)| ((*id, fd), file)));
+            all.extend(files.map(|(fd, file)| ((id, fd), file)));
         }
     }
     all
@@ -212,8 +211,11 @@ impl Truth {
                 .filter(|((id, _), _)| ids.contains(id))
                 .map(|(key, file)| (*key, file.clone()))
                 .collect();
+            // Threads that had it while the first one had another count by themselves
+            // for good; one that nobody had asked about until then does not.
+            let named: Vec<u32> = ours.keys().map(|(id, _)| *id).collect();
             let owns = (0..tables.len()).map(Some).chain([None]);
-            let ways = owns.map(|own| entries(*pid, tables, own));
+            let ways = owns.map(|own| entries(*pid, tables, own, &named));
             let apart = |way: &Table| {
                 let theirs = way.iter().filter(|(key, file)| ours.get(key) != Some(file));
                 let too_many = ours.keys().filter(|key| !way.contains_key(key));
