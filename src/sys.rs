@@ -30,6 +30,20 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
     stat(pid)?.split(' ').nth(1)?.parse().ok()
 }
 
+/// Whether a thread has a signal to take, as soon as its system call ends; false
+/// where there is no such thread.
+#[must_use]
+pub(crate) fn has_pending_signal(thread: u32) -> bool {
+    let status = fs::read(format!("/proc/{thread}/status")).unwrap_or_default();
+    let set = |name: &str| {
+        let mut lines = status.split(|&b| b == b'\n');
+        let line = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
+        u64::from_str_radix(std::str::from_utf8(line).ok()?.trim(), 16).ok()
+    };
+    let sets = [set("SigPnd:"), set("ShdPnd:"), set("SigBlk:")];
+    matches!(sets, [Some(own), Some(shared), Some(blocked)] if (own | shared) & !blocked != 0)
+}
+
 /// Field 22 of `/proc/<pid>/stat`: when the process started, in clock ticks
 /// since boot. With the pid it names this process and no later one. `None`
 /// where there is no such process.
