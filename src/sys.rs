@@ -58,6 +58,16 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// Whether a process is on its way out, its memory, arguments and folders perhaps
+/// gone already; false where there is none.
+#[must_use]
+pub(crate) fn is_exiting(pid: u32) -> bool {
+    /// Of field 9, the flags; include/linux/sched.h.
+    const PF_EXITING: u64 = 4;
+    let flags = stat(pid).and_then(|text| text.split(' ').nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
 /// A monotonic clock of a few milliseconds' grain that costs no system call.
 #[must_use]
 pub(crate) fn coarse_ms() -> u64 {
@@ -317,7 +327,7 @@ mod tests {
     #[test]
     fn our_own_start_time_is_stable() {
         let own = std::process::id();
-        assert!(start_time(own).is_some());
+        assert!(start_time(own).is_some() && !is_exiting(own));
         assert_eq!(start_time(own), start_time(own));
         assert_eq!(start_time(u32::MAX), None);
         assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));

@@ -22,6 +22,7 @@ const TESTS: &str = concat!(
     include_str!("handover.rs"),
     include_str!("handover_strangers.rs"),
     include_str!("handover_quarantine.rs"),
+    include_str!("handover_descriptor.rs"),
     include_str!("slow_disk.rs"),
     include_str!("owners.rs"),
     include_str!("snapshot.rs"),
