@@ -31,6 +31,7 @@ const TESTS: &str = concat!(
     include_str!("exec_paths.rs"),
     include_str!("exec_rights.rs"),
     include_str!("exec_life.rs"),
+    include_str!("exec_changes.rs"),
     include_str!("exec_fill.rs"),
     include_str!("exec_handover.rs"),
     include_str!("torture/main.rs"),
