@@ -1,10 +1,12 @@
 //! The command line's types.
 
-use std::ffi::OsString;
+mod exec;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use exec::{ExecArgs, Snapshot};
 use vmafx_bypass::handover::Owner;
 
 /// Reads clips that rclone has cached past FUSE, never at the price of a wrong byte.
@@ -313,47 +315,6 @@ pub struct WarmArgs {
     /// How to print results.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Exit codes: the command's own, or its death by the same signal; 125 exec itself
-failed; 126 the command cannot be executed; 127 it was not found.")]
-pub struct ExecArgs {
-    /// Watch clips below these folders alone, and not all rclone mounts.
-    #[arg(long, value_delimiter = ',', value_name = "DIR")]
-    pub prefix: Vec<PathBuf>,
-    /// Tell at the end, on standard error, what became of the opens.
-    #[arg(long, value_enum, num_args = 0..=1, require_equals = true,
-          default_missing_value = "text", value_name = "FORMAT")]
-    pub report: Option<Format>,
-    /// How clips are handed over.
-    #[arg(long, value_enum, default_value_t = Snapshot::Auto)]
-    pub snapshot: Snapshot,
-    /// Memory for sealed copies, at most.
-    #[arg(long, default_value = "4GiB", value_name = "SIZE")]
-    pub copy_budget: Size,
-    /// Programs, by name, to be taken off the list of those that are left alone.
-    #[arg(long, value_delimiter = ',', value_name = "NAME")]
-    pub include: Vec<OsString>,
-    /// Further programs to be left alone.
-    #[arg(long, value_delimiter = ',', value_name = "NAME")]
-    pub exclude: Vec<OsString>,
-    /// The command and its arguments.
-    #[arg(last = true, required = true, value_name = "COMMAND")]
-    pub command: Vec<OsString>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Snapshot {
-    /// As a reflink where the cache's file system can, else as a sealed copy,
-    /// else through FUSE.
-    Auto,
-    /// The same; without assistance the command does not run.
-    Require,
-    /// The cache file itself, while nobody else has it open: for remotes whose
-    /// clips never change.
-    Off,
 }
 
 /// A number of bytes: `4096`, `64KiB`, `100MiB`.

@@ -11,6 +11,7 @@
 //!
 //! How it is done: seccomp_unotify(2). What is promised: `docs/SEMANTICS.md`.
 
+mod fill;
 mod filter;
 mod identity;
 mod job;
@@ -19,6 +20,7 @@ mod launch;
 mod notify;
 mod programs;
 mod report;
+mod source;
 mod supervisor;
 mod target;
 mod unsafe_calls;
@@ -35,16 +37,21 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use crate::handover::socket_from_env;
 use crate::optin::{self, OptIn};
 use crate::snapshot::{SnapshotMode, SnapshotOptions, Snapshots};
+use fill::Fills;
 use identity::{Identity, Sandboxes};
 use keeper::Keeper;
 use launch::Assistance;
 use notify::Board;
+use report::Counters;
+use source::Source;
 use supervisor::Supervisor;
 use target::Root;
 use watch::Watched;
 
+pub use fill::FillOptions;
 pub use launch::Inherited;
 pub use programs::{DEFAULT as EXCLUDED_PROGRAMS, Programs};
 pub use report::Report;
@@ -58,6 +65,12 @@ pub struct ExecOptions {
     /// How clips are handed over. With [`SnapshotMode::Require`] a command that
     /// cannot be assisted does not run.
     pub snapshots: SnapshotOptions,
+    /// The socket of the handover server that is asked where the cache may not
+    /// be opened; `None`: the one that the environment names, if it does.
+    pub socket: Option<PathBuf>,
+    /// How clips are completed in the cache before they are handed over, if they
+    /// are to be.
+    pub fill: Option<FillOptions>,
     /// Programs that are left alone.
     pub programs: Programs,
     /// What the command inherits.
@@ -235,13 +248,21 @@ fn assist(
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     let no_new_privs = assistance.no_new_privs;
+    let counters = Counters::new();
+    let fills = |options| Fills::new(options, Arc::clone(&counters.fills));
+    let source = Source {
+        snapshots: Snapshots::new(options.snapshots),
+        server: options.socket.clone().or_else(socket_from_env),
+        fills: options.fill.map(fills),
+    };
     let supervisor = Arc::new(Supervisor::new(
         assistance.listener,
         ground.board,
         watched,
         Sandboxes::new(ground.own.expected(no_new_privs)),
         options.programs.clone(),
-        Snapshots::new(options.snapshots),
+        source,
+        counters,
         ground.root,
     ));
     // Where not one thread could be started, the keeper answers.

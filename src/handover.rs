@@ -16,7 +16,7 @@ mod wire;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-pub(crate) use client::Connection;
+pub(crate) use client::{Connection, socket_from_env};
 pub use client::{VARIABLE, WholeFd, whole};
 pub use listener::Owner;
 pub use server::{Log, Server, ServerError, ServerOptions};

@@ -37,6 +37,7 @@ use buffer::ReadAhead;
 use companion::Companion;
 use epoch::{Epoch, Outcome};
 use remote::Via;
+pub(crate) use remote::{by_either, is_root};
 use state::{RETRY_AFTER, State, never, state_of};
 use stats::Counters;
 pub use verify::Verify;

@@ -30,6 +30,20 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
     stat(pid)?.split(' ').nth(1)?.parse().ok()
 }
 
+/// Whether a thread has a signal to take, as soon as its system call ends; false
+/// where there is no such thread.
+#[must_use]
+pub(crate) fn has_pending_signal(thread: u32) -> bool {
+    let status = fs::read(format!("/proc/{thread}/status")).unwrap_or_default();
+    let set = |name: &str| {
+        let mut lines = status.split(|&b| b == b'\n');
+        let line = lines.find_map(|line| line.strip_prefix(name.as_bytes()))?;
+        u64::from_str_radix(std::str::from_utf8(line).ok()?.trim(), 16).ok()
+    };
+    let sets = [set("SigPnd:"), set("ShdPnd:"), set("SigBlk:")];
+    matches!(sets, [Some(own), Some(shared), Some(blocked)] if (own | shared) & !blocked != 0)
+}
+
 /// Field 22 of `/proc/<pid>/stat`: when the process started, in clock ticks
 /// since boot. With the pid it names this process and no later one. `None`
 /// where there is no such process.
@@ -42,6 +56,16 @@ pub(crate) fn start_time(pid: u32) -> Option<u64> {
         return None;
     }
     fields.nth(18)?.parse().ok()
+}
+
+/// Whether a process is on its way out, its memory, arguments and folders perhaps
+/// gone already; false where there is none.
+#[must_use]
+pub(crate) fn is_exiting(pid: u32) -> bool {
+    /// Of field 9, the flags; include/linux/sched.h.
+    const PF_EXITING: u64 = 4;
+    let flags = stat(pid).and_then(|text| text.split(' ').nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
 /// A monotonic clock of a few milliseconds' grain that costs no system call.
@@ -303,7 +327,7 @@ mod tests {
     #[test]
     fn our_own_start_time_is_stable() {
         let own = std::process::id();
-        assert!(start_time(own).is_some());
+        assert!(start_time(own).is_some() && !is_exiting(own));
         assert_eq!(start_time(own), start_time(own));
         assert_eq!(start_time(u32::MAX), None);
         assert_eq!(parent(own), Some(std::os::unix::process::parent_id()));

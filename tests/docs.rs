@@ -22,13 +22,18 @@ const TESTS: &str = concat!(
     include_str!("handover.rs"),
     include_str!("handover_strangers.rs"),
     include_str!("handover_quarantine.rs"),
+    include_str!("handover_descriptor.rs"),
     include_str!("slow_disk.rs"),
+    include_str!("owners.rs"),
     include_str!("snapshot.rs"),
     include_str!("snapshot_store.rs"),
     include_str!("exec.rs"),
     include_str!("exec_paths.rs"),
     include_str!("exec_rights.rs"),
     include_str!("exec_life.rs"),
+    include_str!("exec_changes.rs"),
+    include_str!("exec_fill.rs"),
+    include_str!("exec_handover.rs"),
     include_str!("torture/main.rs"),
 );
 

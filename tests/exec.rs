@@ -8,7 +8,7 @@ use std::process::Command;
 
 use common::clips::{each_rclone, each_writable};
 use common::exec::*;
-use common::{content, put, rig};
+use common::{content, rig};
 use serde_json::json;
 
 /// Programs that read, and how many opens of clips are substituted.
@@ -234,35 +234,6 @@ fn what_is_not_whole_or_changed_goes_through_fuse() {
         assert_eq!(done.substituted(), 0, "{}", done.report);
         assert_eq!(done.reason("unsupported"), 1, "{}", done.report);
     });
-}
-
-#[test]
-fn a_slow_reader_sees_its_version_to_the_end() {
-    each_rclone(
-        8 << 20,
-        &["--dir-cache-time=100ms", "--attr-timeout=50ms"],
-        |rig, old| {
-            rig.cache_whole(Path::new("clip")).unwrap();
-            let mount = rig.mountpoint();
-            let new = content(6, 9 << 20);
-            let source = rig.source().join("clip");
-            let script = format!(
-                "f=open('clip','rb'); got=f.read(1000)\n\
-             new=open('{0}','rb').read(); open('{1}','wb').write(new); os.utime('{1}',(2e9,2e9))\n\
-             end=time.time()+20\n\
-             while time.time()<end and open('clip','rb').read()!=new: time.sleep(.1)\n\
-             got+=f.read(); sys.stdout.buffer.write(got); sys.stdout.flush()\n\
-             sys.exit(0 if open('clip','rb').read()==new else 9)",
-                rig.folder().join("new").display(),
-                source.display()
-            );
-            put(rig.folder(), "new", &new);
-            let done = run_in(&mount, &[], &python(&script));
-            assert_eq!(done.code, Some(0), "{}", done.stderr);
-            assert!(done.stdout == old, "the old version, whole");
-            assert!(done.substituted() >= 1, "{}", done.report);
-        },
-    );
 }
 
 #[test]

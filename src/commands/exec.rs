@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use anyhow::Result;
 use serde::Serialize;
-use vmafx_bypass::exec::{self, Error, ExecOptions, Inherited, Programs, Report};
+use vmafx_bypass::exec::{self, Error, ExecOptions, FillOptions, Inherited, Programs, Report};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 
 use crate::cli::{ExecArgs, Format, Snapshot};
@@ -25,6 +25,11 @@ pub fn run(args: &ExecArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
             },
             copy_budget: args.copy_budget.0,
         },
+        socket: args.socket.clone(),
+        fill: args.fill.then(|| FillOptions {
+            max_size: args.fill_max_size.0,
+            timeout: args.fill_timeout.into(),
+        }),
         programs: Programs::new(&args.include, &args.exclude),
         inherited: Inherited {
             mask: signals.mask_before(),
@@ -74,11 +79,21 @@ fn render(report: &Report, command: &[OsString], format: Format) -> Result<Strin
         return Ok(format!("exec: `{program}` ran unassisted: {why}"));
     }
     let kinds = report.kinds.iter();
-    let kinds: Vec<String> = kinds.map(|(kind, n)| format!(", {n} {kind}")).collect();
+    let mut kinds: Vec<String> = kinds.map(|(kind, n)| format!(", {n} {kind}")).collect();
+    if report.by_server > 0 {
+        kinds.push(format!(", {} by the server", report.by_server));
+    }
     let reasons = report.by_reason.iter();
     let mut rest: Vec<String> = reasons
         .map(|(reason, n)| format!(", {n} through FUSE: {reason}"))
         .collect();
+    if report.filled > 0 {
+        let read = human_bytes(report.fill_bytes);
+        rest.push(format!(", {} clips completed ({read})", report.filled));
+    }
+    if report.fill_failed > 0 {
+        rest.push(format!(", {} not completed", report.fill_failed));
+    }
     if report.interrupted > 0 {
         rest.push(format!(", {} interrupted", report.interrupted));
     }

@@ -267,6 +267,12 @@ impl Listener {
         Ok(())
     }
 
+    /// Whether a caller still waits for its answer.
+    pub(super) fn is_waited_for(&self, mut id: u64) -> bool {
+        let request = libc::SECCOMP_IOCTL_NOTIF_ID_VALID;
+        self.ioctl(request, (&raw mut id).cast()).is_ok()
+    }
+
     /// Gives the caller a duplicate of `fd`, and makes its number the call's
     /// result, both or neither.
     ///

@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use serde::Serialize;
 
-use crate::reason::Reason;
-use crate::snapshot::{SnapshotKind, Whole};
+use super::fill::Tally;
+use super::source::Given;
+use crate::reason::{Reason, Refusal};
+use crate::snapshot::SnapshotKind;
 
 /// What `exec` did, in numbers. `opens` is the sum of `elsewhere`,
 /// `substituted`, `interrupted` and of all in `by_reason`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Opens for reading, of whatever file, that were seen.
+    /// Opens for reading, of whatever file, that were answered.
     pub opens: u64,
     /// Of these, of no clip on a watched mount: other files, folders, nothing.
     pub elsewhere: u64,
@@ -22,12 +25,23 @@ pub struct Report {
     pub bytes: u64,
     /// How many of them used a snapshot that was there already.
     pub reused: u64,
+    /// How many of them a handover server has answered.
+    pub by_server: u64,
     /// Opens that a signal ended before they were answered.
     pub interrupted: u64,
     /// Substituted opens by the kind of snapshot.
     pub kinds: BTreeMap<&'static str, u64>,
     /// Opens of clips that went through FUSE, by reason.
     pub by_reason: BTreeMap<Reason, u64>,
+    /// The first of each reason, in words.
+    pub details: BTreeMap<Reason, String>,
+    /// Clips that were completed in rclone's cache.
+    pub filled: u64,
+    /// Clips that were to be, and were not: too much is missing, it took too
+    /// long, or failed.
+    pub fill_failed: u64,
+    /// Bytes that were read for it through FUSE.
+    pub fill_bytes: u64,
     /// Why the command ran without assistance; `None`: it was assisted.
     pub unassisted: Option<String>,
     /// Whether no_new_privs had to be set, so that set-uid programs have no effect.
@@ -36,13 +50,14 @@ pub struct Report {
 
 #[derive(Default)]
 pub(super) struct Counters {
-    opens: AtomicU64,
     elsewhere: AtomicU64,
     bytes: AtomicU64,
     reused: AtomicU64,
+    by_server: AtomicU64,
     interrupted: AtomicU64,
     kinds: [AtomicU64; 3],
-    reasons: Vec<AtomicU64>,
+    reasons: Vec<(AtomicU64, OnceLock<String>)>,
+    pub(super) fills: Arc<Tally>,
 }
 
 const KINDS: [SnapshotKind; 3] = [
@@ -58,13 +73,9 @@ fn one(counter: &AtomicU64) {
 impl Counters {
     pub(super) fn new() -> Self {
         Self {
-            reasons: Reason::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
+            reasons: Reason::ALL.iter().map(|_| Default::default()).collect(),
             ..Self::default()
         }
-    }
-
-    pub(super) fn seen(&self) {
-        one(&self.opens);
     }
 
     pub(super) fn elsewhere(&self) {
@@ -75,16 +86,20 @@ impl Counters {
         one(&self.interrupted);
     }
 
-    pub(super) fn refused(&self, reason: Reason) {
-        one(&self.reasons[reason as usize]);
+    pub(super) fn refused(&self, refusal: Refusal) {
+        let (count, detail) = &self.reasons[refusal.reason as usize];
+        one(count);
+        detail.get_or_init(|| refusal.detail);
     }
 
-    pub(super) fn substituted(&self, whole: &Whole) -> Substituted<'_> {
+    pub(super) fn substituted(&self, given: &Given) -> Substituted<'_> {
+        let whole = &given.whole;
         let substituted = Substituted {
             counters: self,
             kind: KINDS.iter().position(|k| *k == whole.kind).unwrap_or(0),
             size: whole.size,
             reused: u64::from(whole.reused),
+            by_server: u64::from(given.by_server),
         };
         substituted.add(1);
         substituted
@@ -97,19 +112,28 @@ impl Counters {
             .map(|(kind, count)| (kind.name(), get(count)))
             .filter(|(_, count)| *count > 0)
             .collect();
-        let reasons = Reason::ALL.iter().zip(&self.reasons);
+        let reasons = || Reason::ALL.iter().zip(&self.reasons);
+        let details = reasons().filter_map(|(r, (_, detail))| Some((*r, detail.get()?.clone())));
+        let by_reason: BTreeMap<_, _> = reasons()
+            .map(|(reason, (count, _))| (*reason, get(count)))
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        let substituted = kinds.values().sum();
+        let (elsewhere, interrupted) = (get(&self.elsewhere), get(&self.interrupted));
         Report {
-            opens: get(&self.opens),
-            elsewhere: get(&self.elsewhere),
-            substituted: kinds.values().sum(),
+            opens: elsewhere + substituted + interrupted + by_reason.values().sum::<u64>(),
+            elsewhere,
+            substituted,
             bytes: get(&self.bytes),
             reused: get(&self.reused),
-            interrupted: get(&self.interrupted),
+            by_server: get(&self.by_server),
+            interrupted,
             kinds,
-            by_reason: reasons
-                .map(|(reason, count)| (*reason, get(count)))
-                .filter(|(_, count)| *count > 0)
-                .collect(),
+            by_reason,
+            details: details.collect(),
+            filled: get(&self.fills.filled),
+            fill_failed: get(&self.fills.failed),
+            fill_bytes: get(&self.fills.bytes),
             unassisted: None,
             no_new_privs: false,
         }
@@ -122,6 +146,7 @@ pub(super) struct Substituted<'a> {
     kind: usize,
     size: u64,
     reused: u64,
+    by_server: u64,
 }
 
 impl Substituted<'_> {
@@ -138,5 +163,6 @@ impl Substituted<'_> {
         add(&self.counters.kinds[self.kind], 1);
         add(&self.counters.bytes, self.size);
         add(&self.counters.reused, self.reused);
+        add(&self.counters.by_server, self.by_server);
     }
 }

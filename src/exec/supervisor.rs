@@ -16,10 +16,12 @@ use super::identity::Sandboxes;
 use super::notify::{Board, Listener, Seat};
 use super::programs::Programs;
 use super::report::Counters;
+use super::source::{Given, Source};
 use super::target::{self, Asked, PathBuffer, Root};
 use super::watch::Watched;
+use crate::mounts::Dev;
 use crate::reason::{Reason, Refusal};
-use crate::snapshot::{Snapshots, Whole};
+use crate::sys;
 
 /// Threads at the start: while one is at work, another waits.
 const THREADS: usize = 2;
@@ -33,7 +35,7 @@ pub(super) struct Supervisor {
     pub(super) watched: Watched,
     pub(super) sandboxes: Sandboxes,
     pub(super) programs: Programs,
-    pub(super) snapshots: Snapshots,
+    pub(super) source: Source,
     pub(super) counters: Counters,
     pub(super) root: Root,
     /// Whether a process may see other files below a path than this one does.
@@ -48,7 +50,7 @@ enum Verdict {
     Elsewhere,
     /// A clip, through FUSE.
     Refused(Refusal),
-    Whole(Whole),
+    Whole(Given),
 }
 
 impl Supervisor {
@@ -59,7 +61,8 @@ impl Supervisor {
         watched: Watched,
         sandboxes: Sandboxes,
         programs: Programs,
-        snapshots: Snapshots,
+        source: Source,
+        counters: Counters,
         root: Root,
     ) -> Self {
         Self {
@@ -68,8 +71,8 @@ impl Supervisor {
             watched,
             sandboxes,
             programs,
-            snapshots,
-            counters: Counters::new(),
+            source,
+            counters,
             root,
             views_differ: AtomicBool::new(false),
             idle: AtomicUsize::new(0),
@@ -153,31 +156,32 @@ impl Supervisor {
             let _ = self.listener.go_on(notification.id);
             return;
         }
-        self.counters.seen();
         let asked = Asked::parse(thread, data);
         // 0: not to be seen in this pid namespace.
         let verdict = match asked.filter(|_| thread != 0) {
             None => Verdict::Elsewhere,
-            Some(asked) => self.judge(&asked, buffer),
+            Some(asked) => self.judge(&asked, notification.id, buffer),
         };
         match verdict {
             Verdict::Elsewhere => self.counters.elsewhere(),
-            Verdict::Refused(refusal) => self.counters.refused(refusal.reason),
-            Verdict::Whole(whole) => {
+            Verdict::Refused(refusal) => self.counters.refused(refusal),
+            Verdict::Whole(given) => {
                 let cloexec = asked.is_some_and(|asked| asked.cloexec());
                 // Counted before: the caller may end, and the report be made,
                 // before this thread runs again.
-                let counted = self.counters.substituted(&whole);
-                let injected = self
-                    .listener
-                    .inject(notification.id, whole.fd.as_fd(), cloexec);
+                let counted = self.counters.substituted(&given);
+                let injected =
+                    self.listener
+                        .inject(notification.id, given.whole.fd.as_fd(), cloexec);
                 let Err(error) = injected else { return };
                 counted.take_back();
                 if error.raw_os_error() == Some(libc::ENOENT) {
                     self.counters.interrupted();
                 } else {
                     // Such as a full table: the kernel has the right error.
-                    self.counters.refused(Reason::IoError);
+                    let what = "handing a snapshot over";
+                    let refusal = Refusal::from_io(what, &error, Reason::IoError);
+                    self.counters.refused(refusal);
                 }
             }
         }
@@ -185,7 +189,7 @@ impl Supervisor {
         let _ = self.listener.go_on(notification.id);
     }
 
-    fn judge(&self, asked: &Asked, buffer: &mut PathBuffer) -> Verdict {
+    fn judge(&self, asked: &Asked, id: u64, buffer: &mut PathBuffer) -> Verdict {
         if buffer.fill(asked).is_none() {
             return Verdict::Elsewhere;
         }
@@ -212,26 +216,36 @@ impl Supervisor {
         let Some(clip) = self.watched.own(asked.thread, clip, &stat) else {
             return Verdict::Elsewhere;
         };
-        match self.hand_over(asked, clip.as_fd()) {
-            Ok(whole) => Verdict::Whole(whole),
+        let dev = Dev::new(stat.stx_dev_major, stat.stx_dev_minor);
+        match self.hand_over(asked, id, clip.as_fd(), dev) {
+            Ok(given) => Verdict::Whole(given),
             Err(refusal) => Verdict::Refused(refusal),
         }
     }
 
     /// A clip on a watched mount: what costs more is asked only now.
-    fn hand_over(&self, asked: &Asked, clip: BorrowedFd<'_>) -> Result<Whole, Refusal> {
+    fn hand_over(
+        &self,
+        asked: &Asked,
+        id: u64,
+        clip: BorrowedFd<'_>,
+        dev: Dev,
+    ) -> Result<Given, Refusal> {
         let identity = self.sandboxes.check(asked.thread)?;
         if let Some(name) = self.programs.excluded(identity.tgid) {
             let name = name.display();
             let detail = format!("`{name}` compares paths with what it has opened");
             return Err(Refusal::new(Reason::Program, detail));
         }
-        let whole = self.snapshots.open(clip)?;
+        // A signal that waits for the end of the call ends the wait instead: the
+        // open then goes on in the kernel, and the signal is taken after it.
+        let wanted = || self.listener.is_waited_for(id) && !sys::has_pending_signal(asked.thread);
+        let given = self.source.open(clip, dev, &wanted)?;
         if asked.nonblocking() {
             // As fcntl(F_GETFL) is to show it; the description is the caller's alone.
-            rustix::fs::fcntl_setfl(&whole.fd, OFlags::NONBLOCK)
+            rustix::fs::fcntl_setfl(&given.whole.fd, OFlags::NONBLOCK)
                 .map_err(|e| Refusal::new(Reason::IoError, format!("fcntl: {e}")))?;
         }
-        Ok(whole)
+        Ok(given)
     }
 }

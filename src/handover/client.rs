@@ -1,5 +1,6 @@
 //! The client's side: one connection a clip, as long as its proof lasts.
 
+use std::env;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -22,6 +23,12 @@ use crate::sys;
 
 /// The environment's name of the server's socket.
 pub const VARIABLE: &str = "VMAFX_BYPASS_SOCKET";
+
+/// The socket that the environment names, if it does.
+pub(crate) fn socket_from_env() -> Option<PathBuf> {
+    let path = env::var_os(VARIABLE).filter(|path| !path.is_empty());
+    path.map(PathBuf::from)
+}
 
 /// How long a server may take to answer what it knows without FUSE.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -166,9 +173,14 @@ impl Connection {
             match wire::receive(&socket, &mut self.buffer, RecvFlags::empty()) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     tries += 1;
-                    if tries >= patience {
-                        self.judge(patience);
+                    let is_last = tries >= patience;
+                    // A copy may take its time; a server that hangs may not.
+                    if (is_last || tries % PROOF == 0) && !self.is_alive(patience) {
+                        note_silent(&self.path, true);
                         return Err(unavailable(&self.path, "does not answer"));
+                    }
+                    if is_last {
+                        return Err(unavailable(&self.path, "takes too long for this clip"));
                     }
                 }
                 Err(e) => return Err(unavailable(&self.path, e)),
@@ -192,16 +204,13 @@ impl Connection {
         }
     }
 
-    /// Finds out whether it is the server that is slow, or a clip.
-    fn judge(&self, patience: u32) {
-        let answers = patience > 1
+    /// Whether it is a clip that takes its time, and not the server.
+    fn is_alive(&self, patience: u32) -> bool {
+        patience > 1
             && Self::open(&self.path).is_ok_and(|mut other| {
                 let asked = other.ask(Request::Check { token: 0 }, None, 1);
                 matches!(asked, Err(refusal) if refusal.reason != Reason::Handover)
-            });
-        if !answers {
-            note_silent(&self.path, true);
-        }
+            })
     }
 
     /// An answer of another kind than was asked for.

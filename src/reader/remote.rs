@@ -1,7 +1,6 @@
 //! A proof from a handover server, where the cache is not ours to open.
 
 use std::collections::HashMap;
-use std::env;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +14,7 @@ use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp, check_file_system};
 use crate::cache::rclone::Locator;
 use crate::cache::trail::Trail;
-use crate::handover::{Connection, VARIABLE};
+use crate::handover::{Connection, VARIABLE, socket_from_env};
 use crate::mounts::{Dev, Mount};
 use crate::reason::{Reason, Refusal};
 
@@ -37,9 +36,8 @@ pub(super) struct Via {
 impl Via {
     /// The server that the environment names, if it does.
     pub(super) fn from_env() -> Self {
-        let socket = env::var_os(VARIABLE).filter(|path| !path.is_empty());
         Self {
-            socket: socket.map(PathBuf::from),
+            socket: socket_from_env(),
             alone: false,
         }
     }
@@ -63,30 +61,45 @@ impl Via {
         if self.alone {
             return server();
         }
-        if nix::unistd::geteuid().is_root() || !is_on_rclone(companion) {
-            return match own() {
-                Err(refusal) if is_hidden(refusal.reason) => server(),
-                result => result,
-            };
-        }
-        // Others see too little of rclone to know what hides from them, and to
-        // look for it takes 10 times as long as to ask.
-        let refusal = match server() {
-            Ok(epoch) => return Ok(epoch),
-            Err(refusal) => refusal,
-        };
-        let lasts = matches!(refusal.reason, Reason::WriteOpen | Reason::Quarantined);
-        let dev = dev(companion);
-        if lasts || is_known_hidden(dev) {
-            return Err(refusal);
-        }
-        own().map_err(|own| {
-            if is_hidden(own.reason) {
-                note_hidden(dev);
-            }
-            refusal
-        })
+        let own_first = is_root() || !is_on_rclone(companion);
+        by_either(own_first, dev(companion), own, server)
     }
+}
+
+pub(crate) fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// What we prove ourselves, or a server does where the cache is not ours to see.
+///
+/// `own_first` is for root. Others see too little of rclone to know what hides
+/// from them, and to look for it takes 10 times as long as to ask.
+pub(crate) fn by_either<T>(
+    own_first: bool,
+    dev: Dev,
+    own: impl FnOnce() -> Result<T, Refusal>,
+    server: impl FnOnce() -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    if own_first {
+        return match own() {
+            Err(refusal) if is_hidden(refusal.reason) => server(),
+            result => result,
+        };
+    }
+    let refusal = match server() {
+        Ok(found) => return Ok(found),
+        Err(refusal) => refusal,
+    };
+    let lasts = matches!(refusal.reason, Reason::WriteOpen | Reason::Quarantined);
+    if lasts || is_known_hidden(dev) {
+        return Err(refusal);
+    }
+    own().map_err(|own| {
+        if is_hidden(own.reason) {
+            note_hidden(dev);
+        }
+        refusal
+    })
 }
 
 /// Whether the clip is on an rclone mount, by our mount table.

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::start::{Start, is_mounting_rclone, normalize, program_name};
 use crate::mounts::{Mount, MountTable};
 use crate::reason::{Reason, Refusal};
-use crate::sys::{parent, start_time};
+use crate::sys::{is_exiting, parent, start_time};
 
 /// A process that serves a FUSE mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +53,8 @@ impl Daemon {
     /// Whether it runs no more for certain: where it cannot be asked, it may.
     pub(super) fn has_exited(&self) -> bool {
         match start_time(self.pid) {
-            Some(start_time) => start_time != self.start_time,
+            // One that is exiting shows neither arguments nor folders any more.
+            Some(start_time) => start_time != self.start_time || is_exiting(self.pid),
             None => has_exited(self.pid),
         }
     }
