@@ -117,6 +117,35 @@ fn landlock_without_no_new_privs_is_remembered() {
     );
 }
 
+/// The 32-bit interface is there for 64-bit programs, too: what restricts itself
+/// by it opens by the other.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn landlock_by_a_32_bit_call_is_remembered() {
+    landlock_is_there();
+    let rig = clips();
+    // push rbx; mov ebx,edi; xor ecx,ecx; mov eax,446; int 0x80; pop rbx; ret
+    let script = format!(
+        "{LANDLOCK}m=mmap.mmap(-1,4096,prot=7)\n\
+        m.write(bytes.fromhex('5389fb31c9b8be010000cd805bc3'))\n\
+        at=ctypes.addressof(ctypes.c_char.from_buffer(m))\n\
+        call=ctypes.CFUNCTYPE(ctypes.c_int,ctypes.c_int)(at)\n\
+        other=sys_\n\
+        sys_=lambda nr,rs,*a: call(rs) if nr==446 else other(nr,rs,*a)\n\
+        show('b'); restrict(False); show('clip')\n\
+        if os.fork()==0: show('b'); os._exit(0)\n\
+        os.wait()"
+    );
+    let done = both_python(&rig.mountpoint(), &script);
+    assert_eq!(
+        (done.reason("sandboxed"), done.substituted()),
+        (2, 1),
+        "{}",
+        done.report
+    );
+    assert!(done.text().contains("clip [Errno 13]"), "{}", done.text());
+}
+
 #[test]
 fn who_has_filters_of_its_own_is_left_alone() {
     let rig = clips();

@@ -11,7 +11,6 @@ use nix::libc::{self, c_long, seccomp_notif};
 use nix::poll::{PollFlags, PollTimeout};
 use rustix::fs::OFlags;
 
-use super::filter::SYS_LANDLOCK_RESTRICT_SELF;
 use super::identity::Sandboxes;
 use super::notify::{Board, Listener, Seat};
 use super::programs::Programs;
@@ -143,7 +142,7 @@ impl Supervisor {
         let thread = notification.pid;
         let data = &notification.data;
         let nr = c_long::from(data.nr);
-        if nr == SYS_LANDLOCK_RESTRICT_SELF {
+        if super::filter::restricts_itself(nr) {
             self.sandboxes.restricts_itself(thread);
             let _ = self.listener.go_on(notification.id);
             return;
