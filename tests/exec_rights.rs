@@ -117,6 +117,31 @@ fn landlock_without_no_new_privs_is_remembered() {
     );
 }
 
+#[test]
+fn landlock_that_the_keeper_lets_go_on_is_remembered() {
+    landlock_is_there();
+    let rig = clips();
+    // In the hands of the supervisor, or not, when it stops.
+    for before in ["0", ".3"] {
+        // A child that was started well before exec goes on.
+        let script = format!(
+            "{LANDLOCK}show('b')\n\
+            os.kill(os.getppid(),signal.SIGSTOP); time.sleep({before}); restrict(False)\n\
+            if os.fork()==0: time.sleep(1.5); show('clip'); os._exit(0)\n\
+            time.sleep(.2); os.kill(os.getppid(),signal.SIGCONT); os.wait()"
+        );
+        let done = run_in(&rig.mountpoint(), &[], &python(&script));
+        let text = done.text();
+        assert!(text.contains("clip [Errno 13]"), "{text}\n{}", done.stderr);
+        assert_eq!(
+            (done.reason("sandboxed"), done.substituted()),
+            (1, 1),
+            "{}",
+            done.report
+        );
+    }
+}
+
 /// The 32-bit interface is there for 64-bit programs, too: what restricts itself
 /// by it opens by the other.
 #[cfg(target_arch = "x86_64")]

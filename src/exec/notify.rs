@@ -4,10 +4,10 @@
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_ulong, c_void};
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{offset_of, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
 use nix::libc::{
     self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp, seccomp_notif_sizes, sock_filter,
@@ -35,6 +35,8 @@ pub(super) struct Board {
     received: AtomicU64,
     /// Slots that have an owner.
     taken: AtomicUsize,
+    /// Whether the keeper has let a process restrict itself.
+    restriction_missed: AtomicBool,
     slots: [Slot; SLOTS],
 }
 
@@ -80,16 +82,26 @@ impl Board {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// The ids that may still wait for an answer of the supervisor.
-    pub(super) fn in_hand(&self) -> impl Iterator<Item = u64> + '_ {
-        let ids = self
-            .slots
-            .iter()
-            .map(|slot| slot.id().load(Ordering::Acquire));
+    /// A process restricts itself, and the supervisor may not know in time.
+    pub(super) fn miss_restriction(&self) {
+        self.restriction_missed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that has happened.
+    pub(super) fn has_missed_restriction(&self) -> bool {
+        self.restriction_missed.load(Ordering::SeqCst)
+    }
+
+    /// What may still wait for an answer of the supervisor.
+    pub(super) fn in_hand(&self) -> impl Iterator<Item = Call> + '_ {
+        let calls = self.slots.iter().map(|slot| Call {
+            id: slot.id().load(Ordering::Acquire),
+            nr: slot.nr().load(Ordering::Relaxed),
+        });
         // 0 is never given out: the kernel counts up from a random number, and
         // one that is 0 by chance would be an open that nobody answers for a
         // dead supervisor, once in 2^64.
-        ids.filter(|id| *id != 0)
+        calls.filter(|call| call.id != 0)
     }
 }
 
@@ -99,6 +111,19 @@ impl Slot {
         // without an atomic owns it, and readers take any value.
         unsafe { &*self.0.get().cast::<AtomicU64>() }
     }
+
+    fn nr(&self) -> &AtomicI32 {
+        const OFFSET: usize = offset_of!(seccomp_notif, data) + offset_of!(libc::seccomp_data, nr);
+        // SAFETY: as of the id; the number is within the slot, aligned.
+        unsafe { &*self.0.get().byte_add(OFFSET).cast::<AtomicI32>() }
+    }
+}
+
+/// As much of a notification as the keeper needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    pub(super) id: u64,
+    pub(super) nr: c_int,
 }
 
 /// A slot of one thread.
@@ -242,13 +267,16 @@ impl Listener {
         Ok(unsafe { ptr::read(slot) })
     }
 
-    /// The same for a process that shares nothing: the id alone.
-    pub(super) fn receive_id(&self) -> io::Result<u64> {
+    /// The same for a process that has no slot.
+    pub(super) fn receive_call(&self) -> io::Result<Call> {
         // SAFETY: plain integers; the kernel wants it zeroed.
         let mut notification: seccomp_notif = unsafe { zeroed() };
         let pointer = (&raw mut notification).cast();
         self.ioctl(libc::SECCOMP_IOCTL_NOTIF_RECV, pointer)?;
-        Ok(notification.id)
+        Ok(Call {
+            id: notification.id,
+            nr: notification.data.nr,
+        })
     }
 
     /// Lets the kernel execute the call as if there were no filter.

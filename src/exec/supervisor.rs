@@ -219,6 +219,9 @@ impl Supervisor {
 
     /// A clip on a watched mount: what costs more is asked only now.
     fn hand_over(&self, asked: &Asked, clip: BorrowedFd<'_>) -> Result<Whole, Refusal> {
+        if self.board.has_missed_restriction() {
+            self.sandboxes.trust_nobody();
+        }
         let identity = self.sandboxes.check(asked.thread)?;
         if let Some(name) = self.programs.excluded(identity.tgid) {
             let name = name.display();
