@@ -342,6 +342,26 @@ fn signals_during_opens_change_nothing() {
     assert!(done.substituted() > 10, "{}", done.report);
 }
 
+/// Python itself opens again after EINTR; C programs do not.
+#[test]
+fn handlers_that_restart_see_no_eintr() {
+    let rig = clips();
+    let script = "signal.signal(signal.SIGALRM,lambda *a:None); signal.siginterrupt(signal.SIGALRM,False)\n\
+        signal.setitimer(signal.ITIMER_REAL,.0002,.0002)\n\
+        failed=set()\n\
+        end=time.time()+2\n\
+        while time.time()<end:\n\
+        \x20for f in (b'clip',b'b',b'/etc/hostname'):\n\
+        \x20 fd=libc.open(f,0)\n\
+        \x20 if fd<0: failed.add(ctypes.get_errno())\n\
+        \x20 else: os.close(fd)\n\
+        signal.setitimer(signal.ITIMER_REAL,0)\n\
+        print(failed,len(os.listdir('/proc/self/fd')))";
+    let done = both_python(&rig.mountpoint(), script);
+    assert!(done.text().starts_with("set()"), "{}", done.text());
+    assert!(done.substituted() > 10, "{}", done.report);
+}
+
 #[test]
 fn killed_processes_leave_the_others_served() {
     let rig = clips();
