@@ -19,6 +19,14 @@ fn send(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid as i32), signal).unwrap();
 }
 
+/// A real-time signal.
+fn send_number(pid: u32, number: i32) {
+    let sent = Command::new("kill")
+        .args([format!("-{number}"), pid.to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
 /// A command under `exec` with pipes, in a folder.
 fn start(folder: &Path, command: &[&str]) -> Child {
     exec(&[])
@@ -192,7 +200,7 @@ fn signals_to_exec_reach_the_command() {
     common::need_root();
     let script = "import signal,sys\n\
         got=[]\n\
-        for s in (1,2,3,10,12,15,20,28): signal.signal(s,lambda n,f:print(n,flush=True))\n\
+        for s in (1,2,3,10,12,15,20,28,34,64): signal.signal(s,lambda n,f:print(n,flush=True))\n\
         print('ready',flush=True)\n\
         while True: signal.pause()";
     let mut child = start(Path::new("/"), &["python3", "-c", script]);
@@ -208,6 +216,10 @@ fn signals_to_exec_reach_the_command() {
     ] {
         send(child.id(), signal);
         assert_eq!(line(&mut child), (signal as i32).to_string());
+    }
+    for number in [34, 64] {
+        send_number(child.id(), number);
+        assert_eq!(line(&mut child), number.to_string());
     }
     // It may be stopped together with its command, and go on with it.
     send(child.id(), Signal::SIGTSTP);

@@ -27,7 +27,10 @@ fn handled() -> SigSet {
     let not = [
         SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGPIPE, SIGSEGV, SIGSTOP, SIGSYS, SIGTRAP,
     ];
-    Signal::iterator().filter(|s| !not.contains(s)).collect()
+    // Real-time signals, too: they would end this process.
+    let mut all = SigSet::all();
+    not.into_iter().for_each(|signal| all.remove(signal));
+    all
 }
 
 /// Blocks what [`wait`] takes, in this thread and in all that it starts; and
@@ -100,19 +103,20 @@ impl Job {
     }
 
     fn signal(&mut self, taken: Taken) {
-        match taken.signal {
-            Signal::SIGCHLD => {}
-            Signal::SIGCONT => {
+        match Signal::try_from(taken.number) {
+            Ok(Signal::SIGCHLD) => {}
+            Ok(Signal::SIGCONT) => {
                 self.wanted = None;
                 self.resume();
             }
             signal => {
-                if STOPS.contains(&signal) {
+                if let Ok(signal) = signal
+                    && STOPS.contains(&signal)
+                {
                     self.wanted = Some((signal, Instant::now()));
                 }
                 if taken.by_process {
-                    // It may have ended just now.
-                    let _ = kill(self.command, signal);
+                    unsafe_calls::kill(self.command, taken.number);
                 }
             }
         }

@@ -247,8 +247,15 @@ pub(super) fn set_action(signal: Signal, action: &SigAction) -> io::Result<SigAc
 /// has, as for ^C at a terminal.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Taken {
-    pub(super) signal: Signal,
+    /// One of the real-time signals has no name.
+    pub(super) number: c_int,
     pub(super) by_process: bool,
+}
+
+/// kill(2), by a signal's number.
+pub(super) fn kill(pid: Pid, number: c_int) {
+    // SAFETY: no pointers. It may have ended just now.
+    unsafe { libc::kill(pid.as_raw(), number) };
 }
 
 /// Whether a blocked signal waits to be taken.
@@ -262,15 +269,14 @@ pub(super) fn is_pending(signal: Signal) -> bool {
     }
 }
 
-/// Waits for one of some blocked signals; `None`: for one without a name.
+/// Waits for one of some blocked signals; `None`: there was none.
 pub(super) fn take_signal(set: &SigSet) -> Option<Taken> {
     // SAFETY: plain integers; the kernel overwrites it.
     let mut info: libc::siginfo_t = unsafe { zeroed() };
     // SAFETY: both live during the call.
     let number = unsafe { libc::sigwaitinfo(set.as_ref(), &raw mut info) };
-    let signal = Signal::try_from(number).ok()?;
-    Some(Taken {
-        signal,
+    (number > 0).then_some(Taken {
+        number,
         // SI_USER, SI_QUEUE, SI_TKILL; the kernel's own are positive.
         by_process: info.si_code <= 0,
     })
