@@ -88,6 +88,10 @@ fn exit_codes_are_the_command_s() {
         );
         assert_eq!(done.signal, Some(signal as i32), "{}", done.stderr);
     }
+    for signal in [34, 64] {
+        let done = run_in(root, &[], &["bash", "-c", &format!("kill -{signal} $$")]);
+        assert_eq!(done.signal, Some(signal), "{}", done.stderr);
+    }
     let run = |command: &[&str]| exec(&[]).arg("--").args(command).output().unwrap();
     assert_fails(
         &run(&["/no/such/program"]),

@@ -4,8 +4,8 @@ use std::ffi::{c_int, c_uint};
 use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::Duration;
 
@@ -250,6 +250,33 @@ pub(super) struct Taken {
     /// One of the real-time signals has no name.
     pub(super) number: c_int,
     pub(super) by_process: bool,
+}
+
+/// What has become of a child, without waiting for it; `None`: nothing new. The
+/// status of waitpid(2), which nix takes for an error after a real-time signal.
+pub(super) fn look_at(child: Pid) -> io::Result<Option<ExitStatus>> {
+    let flags = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
+    let mut status = 0;
+    // SAFETY: the kernel writes one `status`.
+    match unsafe { libc::waitpid(child.as_raw(), &raw mut status, flags) } {
+        0 => Ok(None),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(Some(ExitStatus::from_raw(status))),
+    }
+}
+
+/// Ends this process by a signal; returns where the signal does not end it.
+pub(super) fn die_by(number: c_int) {
+    // SAFETY: zeroes are a valid set; it lives during the calls, and no handler
+    // is involved. The first fails for SIGKILL, which needs neither.
+    unsafe {
+        libc::signal(number, libc::SIG_DFL);
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, number);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut());
+        libc::raise(number);
+    }
 }
 
 /// kill(2), by a signal's number.
