@@ -7,7 +7,7 @@ use std::io;
 use std::mem::{offset_of, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use nix::libc::{
     self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp, seccomp_notif_sizes, sock_filter,
@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const SYNC_WAKE_UP: u64 = 1;
 
 /// Threads that can have a notification in hand at once.
-pub(super) const SLOTS: usize = 64;
+pub(super) const SLOTS: usize = u64::BITS as usize;
 
 /// Where one thread receives notifications, in memory that the keeper sees.
 ///
@@ -33,8 +33,8 @@ struct Slot(UnsafeCell<seccomp_notif>);
 pub(super) struct Board {
     /// Notifications that the supervisor has received.
     received: AtomicU64,
-    /// Slots that have an owner.
-    taken: AtomicUsize,
+    /// A bit for each slot that has an owner.
+    taken: AtomicU64,
     /// Whether the keeper has let a process restrict itself.
     restriction_missed: AtomicBool,
     slots: [Slot; SLOTS],
@@ -69,11 +69,13 @@ impl Board {
 
     /// Takes a slot for the calling thread; `None` when all are taken.
     pub(super) fn seat(&'static self) -> Option<Seat> {
-        let take = |taken: usize| (taken < SLOTS).then_some(taken + 1);
-        let index = self
+        // Sets the lowest bit that is clear.
+        let take = |taken: u64| taken.checked_add(1).map(|next| taken | next);
+        let before = self
             .taken
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, take)
             .ok()?;
+        let index = before.trailing_ones() as usize;
         Some(Seat { board: self, index })
     }
 
@@ -138,6 +140,14 @@ impl Seat {
         self.board.slots[self.index]
             .id()
             .store(0, Ordering::Release);
+    }
+}
+
+/// Such as when its thread could not be started.
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let bit = 1 << self.index;
+        self.board.taken.fetch_and(!bit, Ordering::Release);
     }
 }
 
@@ -328,5 +338,24 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seat_that_is_given_up_is_another_s() {
+        let board = Board::new().unwrap();
+        let mut seats: Vec<Seat> = (0..SLOTS).map(|_| board.seat().unwrap()).collect();
+        assert!(board.seat().is_none());
+        let indices: std::collections::BTreeSet<_> = seats.iter().map(|s| s.index).collect();
+        assert_eq!(indices, (0..SLOTS).collect());
+        drop(seats.remove(5));
+        assert_eq!(board.seat().unwrap().index, 5);
+        assert_eq!(board.seat().unwrap().index, 5);
+        drop(seats);
+        assert_eq!(board.seat().unwrap().index, 0);
     }
 }
