@@ -201,6 +201,26 @@ fn who_has_filters_of_its_own_is_left_alone() {
 }
 
 #[test]
+fn opens_that_cannot_be_looked_at_are_counted() {
+    common::need_root();
+    // Of a process that has closed its memory to who may not trace it.
+    let script = python(
+        "libc.prctl(4,0,0,0,0)\n\
+        for i in range(7): open('/etc/hostname').close()",
+    );
+    let output = std::process::Command::new("setpriv")
+        .args(["--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"])
+        .args([env!("CARGO_BIN_EXE_vmafx-bypass"), "exec"])
+        .args(["--report=json", "--"])
+        .args(script)
+        .output()
+        .unwrap();
+    let done = Done::of(&output);
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert_eq!(done.reason("permission"), 7, "{}", done.report);
+}
+
+#[test]
 fn without_privileges_no_new_privs_is_set_and_said() {
     common::need_root();
     let output = std::process::Command::new("setpriv")

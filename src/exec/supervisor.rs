@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
+use nix::errno::Errno;
 use nix::libc::{self, c_long, seccomp_notif};
 use nix::poll::{PollFlags, PollTimeout};
 use rustix::fs::OFlags;
@@ -185,8 +186,13 @@ impl Supervisor {
     }
 
     fn judge(&self, asked: &Asked, buffer: &mut PathBuffer) -> Verdict {
-        if buffer.fill(asked).is_none() {
-            return Verdict::Elsewhere;
+        match buffer.fill(asked) {
+            Ok(()) => {}
+            Err(Errno::EPERM) => {
+                let detail = format!("the memory of pid {} may not be read", asked.thread);
+                return Verdict::Refused(Refusal::new(Reason::Permission, detail));
+            }
+            Err(_) => return Verdict::Elsewhere,
         }
         // Most opens end here. Where the glance is wrong, since the caller sees
         // other files, a clip goes through FUSE.
