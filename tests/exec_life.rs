@@ -200,6 +200,25 @@ fn the_command_starts_as_it_would_without() {
 }
 
 #[test]
+fn what_is_closed_stays_closed() {
+    common::need_root();
+    for closed in ["0<&-", "1>&-", "2>&-", "0<&- 2>&-", ""] {
+        let run = |way: &str| {
+            let out = tempfile::NamedTempFile::new().unwrap();
+            let script = format!(
+                "exec 9>{}; {way} bash -c 'for n in 0 1 2; do [ -e /proc/$$/fd/$n ] && echo $n >&9; done' {closed}",
+                out.path().display()
+            );
+            let status = Command::new("bash").args(["-c", &script]).status();
+            assert!(status.is_ok());
+            fs::read_to_string(out.path()).unwrap()
+        };
+        let way = format!("{} exec --", env!("CARGO_BIN_EXE_vmafx-bypass"));
+        assert_eq!(run(&way), run(""), "{closed}");
+    }
+}
+
+#[test]
 fn signals_to_exec_reach_the_command() {
     common::need_root();
     let script = "import signal,sys\n\

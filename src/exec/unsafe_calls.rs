@@ -163,6 +163,8 @@ pub(super) fn receive(door: BorrowedFd<'_>) -> io::Result<Option<Word>> {
 /// What the child does before it becomes the command.
 pub(super) struct Prelude {
     pub(super) mask: SigSet,
+    /// Of the descriptors 0 to 2.
+    pub(super) closed: [bool; 3],
     pub(super) ignored: [(Signal, bool); 2],
     pub(super) assist: Option<Assist>,
 }
@@ -189,6 +191,12 @@ pub(super) fn before_exec(command: &mut Command, prelude: Prelude) {
             unsafe { libc::signal(signal as c_int, action) };
         }
         prelude.mask.thread_set_mask()?;
+        for (number, closed) in (0..).zip(prelude.closed) {
+            if closed {
+                // SAFETY: it has no owner in this process.
+                unsafe { libc::close(number) };
+            }
+        }
         let Some(assist) = &prelude.assist else {
             return Ok(());
         };
