@@ -29,12 +29,12 @@ mod watch;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::sync::Arc;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::Signal;
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::handover::socket_from_env;
@@ -122,7 +122,7 @@ impl Error {
 /// How a command has ended.
 #[derive(Debug, Clone)]
 pub struct Ended {
-    status: WaitStatus,
+    status: ExitStatus,
     /// What became of its opens.
     pub report: Report,
 }
@@ -131,19 +131,13 @@ impl Ended {
     /// The command's exit code; `None` where a signal ended it.
     #[must_use]
     pub fn code(&self) -> Option<u8> {
-        match self.status {
-            WaitStatus::Exited(_, code) => Some(code as u8),
-            _ => None,
-        }
+        self.status.code().map(|code| code as u8)
     }
 
-    /// The signal that ended the command.
+    /// The number of the signal that ended the command.
     #[must_use]
-    pub fn signal(&self) -> Option<Signal> {
-        match self.status {
-            WaitStatus::Signaled(_, signal, _) => Some(signal),
-            _ => None,
-        }
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
     }
 
     /// Ends this process as the command has ended, by the same signal if it was

@@ -17,7 +17,7 @@ const READERS: &[(u64, &str)] = &[
     (2, "cat clip sub/deep/other | sha256sum"),
     (1, "sha256sum clip"),
     (1, "dd if=clip bs=64k skip=3 count=5 status=none | md5sum"),
-    (1, "tail -c 1000 clip"),
+    (1, "tac b | cksum"),
     (2, "cmp clip sub/deep/other"),
     (1, "head -c 100 clip; exit 7"),
     (1, "wc -l clip"),
@@ -152,12 +152,21 @@ fn programs_that_compare_are_left_alone() {
     let mount = rig.mountpoint();
     let out = tempfile::tempdir().unwrap();
     let to = out.path().display();
-    for (name, script) in [
+    let mut programs = vec![
         ("cp", format!("cp clip {to}/x && cksum {to}/x")),
         ("mv", format!("mv -f clip {to}/x; cksum {to}/x")),
         ("install", format!("install clip {to}/x && cksum {to}/x")),
         ("tar", "tar c clip | cksum".to_owned()),
-    ] {
+        ("tail", "timeout 1 tail -n 0 -f clip 2>&1".to_owned()),
+    ];
+    let server = "/usr/lib/openssh/sftp-server";
+    if Path::new(server).exists() {
+        let put = format!(
+            "echo put clip {to}/sftp | sftp -q -D {server} > /dev/null 2>&1; stat -c %a {to}/sftp; rm {to}/sftp"
+        );
+        programs.push(("sftp", put));
+    }
+    for (name, script) in programs {
         let done = both(&mount, &script);
         assert_eq!(
             (done.reason("program"), done.substituted()),

@@ -19,6 +19,14 @@ fn send(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid as i32), signal).unwrap();
 }
 
+/// A real-time signal.
+fn send_number(pid: u32, number: i32) {
+    let sent = Command::new("kill")
+        .args([format!("-{number}"), pid.to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
 /// A command under `exec` with pipes, in a folder.
 fn start(folder: &Path, command: &[&str]) -> Child {
     exec(&[])
@@ -79,6 +87,10 @@ fn exit_codes_are_the_command_s() {
             &["sh", "-c", &format!("kill -{} $$", signal as i32)],
         );
         assert_eq!(done.signal, Some(signal as i32), "{}", done.stderr);
+    }
+    for signal in [34, 64] {
+        let done = run_in(root, &[], &["bash", "-c", &format!("kill -{signal} $$")]);
+        assert_eq!(done.signal, Some(signal), "{}", done.stderr);
     }
     let run = |command: &[&str]| exec(&[]).arg("--").args(command).output().unwrap();
     assert_fails(
@@ -188,11 +200,30 @@ fn the_command_starts_as_it_would_without() {
 }
 
 #[test]
+fn what_is_closed_stays_closed() {
+    common::need_root();
+    for closed in ["0<&-", "1>&-", "2>&-", "0<&- 2>&-", ""] {
+        let run = |way: &str| {
+            let out = tempfile::NamedTempFile::new().unwrap();
+            let script = format!(
+                "exec 9>{}; {way} bash -c 'for n in 0 1 2; do [ -e /proc/$$/fd/$n ] && echo $n >&9; done' {closed}",
+                out.path().display()
+            );
+            let status = Command::new("bash").args(["-c", &script]).status();
+            assert!(status.is_ok());
+            fs::read_to_string(out.path()).unwrap()
+        };
+        let way = format!("{} exec --", env!("CARGO_BIN_EXE_vmafx-bypass"));
+        assert_eq!(run(&way), run(""), "{closed}");
+    }
+}
+
+#[test]
 fn signals_to_exec_reach_the_command() {
     common::need_root();
     let script = "import signal,sys\n\
         got=[]\n\
-        for s in (1,2,3,10,12,15,20,28): signal.signal(s,lambda n,f:print(n,flush=True))\n\
+        for s in (1,2,3,10,12,15,20,28,34,64): signal.signal(s,lambda n,f:print(n,flush=True))\n\
         print('ready',flush=True)\n\
         while True: signal.pause()";
     let mut child = start(Path::new("/"), &["python3", "-c", script]);
@@ -208,6 +239,10 @@ fn signals_to_exec_reach_the_command() {
     ] {
         send(child.id(), signal);
         assert_eq!(line(&mut child), (signal as i32).to_string());
+    }
+    for number in [34, 64] {
+        send_number(child.id(), number);
+        assert_eq!(line(&mut child), number.to_string());
     }
     // It may be stopped together with its command, and go on with it.
     send(child.id(), Signal::SIGTSTP);
@@ -339,6 +374,26 @@ fn signals_during_opens_change_nothing() {
         signal.setitimer(signal.ITIMER_REAL,0)\n\
         print(n>100,len(os.listdir('/proc/self/fd')))";
     let done = both_python(&rig.mountpoint(), script);
+    assert!(done.substituted() > 10, "{}", done.report);
+}
+
+/// Python itself opens again after EINTR; C programs do not.
+#[test]
+fn handlers_that_restart_see_no_eintr() {
+    let rig = clips();
+    let script = "signal.signal(signal.SIGALRM,lambda *a:None); signal.siginterrupt(signal.SIGALRM,False)\n\
+        signal.setitimer(signal.ITIMER_REAL,.0002,.0002)\n\
+        failed=set()\n\
+        end=time.time()+2\n\
+        while time.time()<end:\n\
+        \x20for f in (b'clip',b'b',b'/etc/hostname'):\n\
+        \x20 fd=libc.open(f,0)\n\
+        \x20 if fd<0: failed.add(ctypes.get_errno())\n\
+        \x20 else: os.close(fd)\n\
+        signal.setitimer(signal.ITIMER_REAL,0)\n\
+        print(failed,len(os.listdir('/proc/self/fd')))";
+    let done = both_python(&rig.mountpoint(), script);
+    assert!(done.text().starts_with("set()"), "{}", done.text());
     assert!(done.substituted() > 10, "{}", done.report);
 }
 

@@ -118,6 +118,60 @@ fn landlock_without_no_new_privs_is_remembered() {
 }
 
 #[test]
+fn landlock_that_the_keeper_lets_go_on_is_remembered() {
+    landlock_is_there();
+    let rig = clips();
+    // In the hands of the supervisor, or not, when it stops.
+    for before in ["0", ".3"] {
+        // A child that was started well before exec goes on.
+        let script = format!(
+            "{LANDLOCK}show('b')\n\
+            os.kill(os.getppid(),signal.SIGSTOP); time.sleep({before}); restrict(False)\n\
+            if os.fork()==0: time.sleep(1.5); show('clip'); os._exit(0)\n\
+            time.sleep(.2); os.kill(os.getppid(),signal.SIGCONT); os.wait()"
+        );
+        let done = run_in(&rig.mountpoint(), &[], &python(&script));
+        let text = done.text();
+        assert!(text.contains("clip [Errno 13]"), "{text}\n{}", done.stderr);
+        assert_eq!(
+            (done.reason("sandboxed"), done.substituted()),
+            (1, 1),
+            "{}",
+            done.report
+        );
+    }
+}
+
+/// The 32-bit interface is there for 64-bit programs, too: what restricts itself
+/// by it opens by the other.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn landlock_by_a_32_bit_call_is_remembered() {
+    landlock_is_there();
+    let rig = clips();
+    // push rbx; mov ebx,edi; xor ecx,ecx; mov eax,446; int 0x80; pop rbx; ret
+    let script = format!(
+        "{LANDLOCK}m=mmap.mmap(-1,4096,prot=7)\n\
+        m.write(bytes.fromhex('5389fb31c9b8be010000cd805bc3'))\n\
+        at=ctypes.addressof(ctypes.c_char.from_buffer(m))\n\
+        call=ctypes.CFUNCTYPE(ctypes.c_int,ctypes.c_int)(at)\n\
+        other=sys_\n\
+        sys_=lambda nr,rs,*a: call(rs) if nr==446 else other(nr,rs,*a)\n\
+        show('b'); restrict(False); show('clip')\n\
+        if os.fork()==0: show('b'); os._exit(0)\n\
+        os.wait()"
+    );
+    let done = both_python(&rig.mountpoint(), &script);
+    assert_eq!(
+        (done.reason("sandboxed"), done.substituted()),
+        (2, 1),
+        "{}",
+        done.report
+    );
+    assert!(done.text().contains("clip [Errno 13]"), "{}", done.text());
+}
+
+#[test]
 fn who_has_filters_of_its_own_is_left_alone() {
     let rig = clips();
     // A filter that allows everything.
@@ -144,6 +198,26 @@ fn who_has_filters_of_its_own_is_left_alone() {
         "{}",
         done.report
     );
+}
+
+#[test]
+fn opens_that_cannot_be_looked_at_are_counted() {
+    common::need_root();
+    // Of a process that has closed its memory to who may not trace it.
+    let script = python(
+        "libc.prctl(4,0,0,0,0)\n\
+        for i in range(7): open('/etc/hostname').close()",
+    );
+    let output = std::process::Command::new("setpriv")
+        .args(["--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"])
+        .args([env!("CARGO_BIN_EXE_vmafx-bypass"), "exec"])
+        .args(["--report=json", "--"])
+        .args(script)
+        .output()
+        .unwrap();
+    let done = Done::of(&output);
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert_eq!(done.reason("permission"), 7, "{}", done.report);
 }
 
 #[test]

@@ -34,6 +34,7 @@ pub fn run(args: &ExecArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         inherited: Inherited {
             mask: signals.mask_before(),
             ignores_pipe: pipe::was_ignored(),
+            closed: pipe::were_closed(),
         },
     };
     let mut tell = |why: &str| notes.note(format_args!("note: {why}"));

@@ -18,8 +18,16 @@ const KERNEL_O_LARGEFILE: u32 = 0o400_000;
 #[cfg(not(target_arch = "aarch64"))]
 const KERNEL_O_LARGEFILE: u32 = 0o100_000;
 
-/// landlock_restrict_self(2): the same number on every architecture.
-pub(super) const SYS_LANDLOCK_RESTRICT_SELF: c_long = 446;
+/// landlock_restrict_self(2): the same number on every architecture, 32-bit ones
+/// included.
+const SYS_LANDLOCK_RESTRICT_SELF: c_long = 446;
+/// Set in the numbers of x32.
+const X32: c_long = 0x4000_0000;
+
+/// Whether a notified call is landlock_restrict_self, by whatever interface.
+pub(super) fn restricts_itself(nr: c_long) -> bool {
+    nr & !X32 == SYS_LANDLOCK_RESTRICT_SELF
+}
 
 /// Calls after which a process may see other files below the same paths than
 /// the supervisor does. They are rare, and only told of.
@@ -53,6 +61,7 @@ enum To {
     Next,
     FlagsSecond,
     FlagsThird,
+    Foreign,
     Check,
     Notify,
     Allow,
@@ -74,13 +83,13 @@ pub(super) fn program() -> Option<Vec<sock_filter>> {
     let mut steps = vec![
         // 32-bit calls have other numbers.
         Step::Load(OFFSET_ARCH),
-        Step::If(libc::BPF_JEQ, arch, To::Next, To::Allow),
+        Step::If(libc::BPF_JEQ, arch, To::Next, To::Foreign),
         Step::Load(OFFSET_NR),
     ];
     #[cfg(target_arch = "x86_64")]
     {
         // And so have those of x32, which set this bit.
-        steps.push(Step::If(libc::BPF_JGE, 0x4000_0000, To::Allow, To::Next));
+        steps.push(Step::If(libc::BPF_JGE, X32 as u32, To::Foreign, To::Next));
         steps.push(is(libc::SYS_open, To::FlagsSecond));
     }
     steps.push(is(libc::SYS_openat, To::FlagsThird));
@@ -90,6 +99,13 @@ pub(super) fn program() -> Option<Vec<sock_filter>> {
     steps.extend(CHANGES_THE_VIEW.map(|nr| is(nr, To::Notify)));
     let unwanted = !MAY_SUBSTITUTE;
     steps.extend([
+        Step::Return(libc::SECCOMP_RET_ALLOW),
+        // What restricts itself by such a call may then open by ours, or start
+        // who does.
+        Step::Place(To::Foreign),
+        Step::Load(OFFSET_NR),
+        is(SYS_LANDLOCK_RESTRICT_SELF, To::Notify),
+        is(X32 | SYS_LANDLOCK_RESTRICT_SELF, To::Notify),
         Step::Return(libc::SECCOMP_RET_ALLOW),
         Step::Place(To::FlagsSecond),
         Step::Load(offset_of_argument(1)),
@@ -243,6 +259,8 @@ mod tests {
             assert!(notifies(libc::SYS_open, [0, 0, 0o101, 0, 0, 0]));
             let x32 = 0x4000_0000 | libc::SYS_openat as u32;
             assert_eq!(verdict(ARCH.unwrap(), x32, none), libc::SECCOMP_RET_ALLOW);
+            assert!(notifies(X32 | SYS_LANDLOCK_RESTRICT_SELF, none));
+            assert!(restricts_itself(X32 | SYS_LANDLOCK_RESTRICT_SELF));
         }
         assert!(notifies(libc::SYS_openat2, [0; 6]));
         assert!(notifies(SYS_LANDLOCK_RESTRICT_SELF, none));
@@ -259,7 +277,14 @@ mod tests {
         ] {
             assert!(!notifies(nr, none), "{nr}");
         }
-        let i386 = verdict(0x4000_0003, libc::SYS_openat as u32, none);
-        assert_eq!(i386, libc::SECCOMP_RET_ALLOW);
+        let i386 = |nr: c_long| verdict(0x4000_0003, nr as u32, none);
+        assert_eq!(i386(libc::SYS_openat), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(i386(libc::SYS_openat2), libc::SECCOMP_RET_ALLOW);
+        assert_eq!(
+            i386(SYS_LANDLOCK_RESTRICT_SELF),
+            libc::SECCOMP_RET_USER_NOTIF
+        );
+        assert!(restricts_itself(SYS_LANDLOCK_RESTRICT_SELF));
+        assert!(!restricts_itself(libc::SYS_openat));
     }
 }

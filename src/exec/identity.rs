@@ -109,9 +109,14 @@ impl Sandboxes {
                 self.lock().insert(identity.tgid);
                 self.since.fetch_min(ticks_now(), Ordering::SeqCst);
             }
-            // Gone, or not to be known: then nobody is trusted any more.
-            Err(_) => self.since.store(0, Ordering::SeqCst),
+            // Gone, or not to be known.
+            Err(_) => self.trust_nobody(),
         }
+    }
+
+    /// Who has restricted itself is not known.
+    pub(super) fn trust_nobody(&self) {
+        self.since.store(0, Ordering::SeqCst);
     }
 
     /// Whether a thread may be given what the supervisor may open.

@@ -2,11 +2,11 @@
 //! stood between the command and who started it.
 
 use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, raise};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::unsafe_calls::{self, Taken};
@@ -27,7 +27,12 @@ fn handled() -> SigSet {
     let not = [
         SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGPIPE, SIGSEGV, SIGSTOP, SIGSYS, SIGTRAP,
     ];
-    Signal::iterator().filter(|s| !not.contains(s)).collect()
+    // Real-time signals, too: they would end this process.
+    let mut all = SigSet::all();
+    for signal in not {
+        all.remove(signal);
+    }
+    all
 }
 
 /// Blocks what [`wait`] takes, in this thread and in all that it starts; and
@@ -45,7 +50,7 @@ pub(super) fn prepare() -> io::Result<bool> {
 ///   has it already. What a process sends to this one is passed on.
 /// - When a stop by the terminal has stopped the command, this process stops,
 ///   too, so that the shell takes over; the command goes on when this one does.
-pub(super) fn wait(command: Pid) -> io::Result<WaitStatus> {
+pub(super) fn wait(command: Pid) -> io::Result<ExitStatus> {
     let set = handled();
     let mut job = Job {
         command,
@@ -72,18 +77,14 @@ struct Job {
 
 impl Job {
     /// What has become of the command; its end, if it has ended.
-    fn look(&mut self) -> io::Result<Option<WaitStatus>> {
-        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
-        loop {
-            match waitpid(self.command, Some(flags)) {
-                Ok(end @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..))) => {
-                    return Ok(Some(end));
-                }
-                Ok(WaitStatus::Stopped(..)) => self.stopped = true,
-                Ok(WaitStatus::Continued(_)) => self.stopped = false,
-                Ok(_) => break,
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
+    fn look(&mut self) -> io::Result<Option<ExitStatus>> {
+        while let Some(status) = unsafe_calls::look_at(self.command)? {
+            if status.stopped_signal().is_some() {
+                self.stopped = true;
+            } else if status.continued() {
+                self.stopped = false;
+            } else {
+                return Ok(Some(status));
             }
         }
         if self.stopped
@@ -100,19 +101,20 @@ impl Job {
     }
 
     fn signal(&mut self, taken: Taken) {
-        match taken.signal {
-            Signal::SIGCHLD => {}
-            Signal::SIGCONT => {
+        match Signal::try_from(taken.number) {
+            Ok(Signal::SIGCHLD) => {}
+            Ok(Signal::SIGCONT) => {
                 self.wanted = None;
                 self.resume();
             }
             signal => {
-                if STOPS.contains(&signal) {
+                if let Ok(signal) = signal
+                    && STOPS.contains(&signal)
+                {
                     self.wanted = Some((signal, Instant::now()));
                 }
                 if taken.by_process {
-                    // It may have ended just now.
-                    let _ = kill(self.command, signal);
+                    unsafe_calls::kill(self.command, taken.number);
                 }
             }
         }
@@ -142,14 +144,8 @@ fn stop(signal: Signal) {
 
 /// Ends this process by the signal that has ended the command, for who looks at
 /// its status; returns where that signal does not end it.
-pub(super) fn die_by(signal: Signal) {
+pub(super) fn die_by(signal: i32) {
     // One memory image is enough: the command's.
     let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // Fails for SIGKILL, which needs neither.
-    let _ = unsafe_calls::set_action(signal, &default);
-    let mut set = SigSet::empty();
-    set.add(signal);
-    let _ = set.thread_unblock();
-    let _ = raise(signal);
+    unsafe_calls::die_by(signal);
 }

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal};
 use nix::unistd::{ForkResult, Pid, getpid, getppid};
 
-use super::notify::{Board, Listener};
+use super::notify::{Board, Call, Listener};
 use super::unsafe_calls;
 
 /// How often it looks whether the supervisor does its work.
@@ -176,19 +176,27 @@ impl Watch<'_> {
     /// Answers what the supervisor may not have answered; where it has, the
     /// kernel does not know the id any more.
     fn answer_in_hand(&self) {
-        for id in self.board.in_hand() {
-            let _ = self.listener.go_on(id);
+        for call in self.board.in_hand() {
+            self.let_go_on(call);
         }
+    }
+
+    fn let_go_on(&self, call: Call) {
+        // The supervisor may go on later, and has to know before the process does.
+        if super::filter::restricts_itself(call.nr.into()) {
+            self.board.miss_restriction();
+        }
+        // ENOENT: its process is gone, or it was answered.
+        let _ = self.listener.go_on(call.id);
     }
 
     /// Waits for a notification, at most a tick, and lets it go on.
     fn answer_one(&self) {
         unsafe_calls::alarm_after(TICK);
-        let received = self.listener.receive_id();
+        let received = self.listener.receive_call();
         unsafe_calls::alarm_after(Duration::ZERO);
-        if let Ok(id) = received {
-            // ENOENT: its process is gone.
-            let _ = self.listener.go_on(id);
+        if let Ok(call) = received {
+            self.let_go_on(call);
         }
     }
 }

@@ -23,6 +23,8 @@ pub struct Inherited {
     /// Whether SIGPIPE is ignored. Rust's runtime has changed that by the time
     /// of `main`, so the program has to look before.
     pub ignores_pipe: bool,
+    /// Which of the descriptors 0 to 2 are closed; its runtime has opened them.
+    pub closed: [bool; 3],
 }
 
 /// A command that runs.
@@ -52,6 +54,7 @@ pub(super) fn launch(
     command.args(arguments);
     let mut prelude = Prelude {
         mask: inherited.mask,
+        closed: inherited.closed,
         ignored: [
             (Signal::SIGPIPE, inherited.ignores_pipe),
             (Signal::SIGCHLD, ignores_child),

@@ -4,10 +4,10 @@
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_ulong, c_void};
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{offset_of, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use nix::libc::{
     self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp, seccomp_notif_sizes, sock_filter,
@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const SYNC_WAKE_UP: u64 = 1;
 
 /// Threads that can have a notification in hand at once.
-pub(super) const SLOTS: usize = 64;
+pub(super) const SLOTS: usize = u64::BITS as usize;
 
 /// Where one thread receives notifications, in memory that the keeper sees.
 ///
@@ -33,8 +33,10 @@ struct Slot(UnsafeCell<seccomp_notif>);
 pub(super) struct Board {
     /// Notifications that the supervisor has received.
     received: AtomicU64,
-    /// Slots that have an owner.
-    taken: AtomicUsize,
+    /// A bit for each slot that has an owner.
+    taken: AtomicU64,
+    /// Whether the keeper has let a process restrict itself.
+    restriction_missed: AtomicBool,
     slots: [Slot; SLOTS],
 }
 
@@ -67,11 +69,13 @@ impl Board {
 
     /// Takes a slot for the calling thread; `None` when all are taken.
     pub(super) fn seat(&'static self) -> Option<Seat> {
-        let take = |taken: usize| (taken < SLOTS).then_some(taken + 1);
-        let index = self
+        // Sets the lowest bit that is clear.
+        let take = |taken: u64| taken.checked_add(1).map(|next| taken | next);
+        let before = self
             .taken
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, take)
             .ok()?;
+        let index = before.trailing_ones() as usize;
         Some(Seat { board: self, index })
     }
 
@@ -80,16 +84,26 @@ impl Board {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// The ids that may still wait for an answer of the supervisor.
-    pub(super) fn in_hand(&self) -> impl Iterator<Item = u64> + '_ {
-        let ids = self
-            .slots
-            .iter()
-            .map(|slot| slot.id().load(Ordering::Acquire));
+    /// A process restricts itself, and the supervisor may not know in time.
+    pub(super) fn miss_restriction(&self) {
+        self.restriction_missed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that has happened.
+    pub(super) fn has_missed_restriction(&self) -> bool {
+        self.restriction_missed.load(Ordering::SeqCst)
+    }
+
+    /// What may still wait for an answer of the supervisor.
+    pub(super) fn in_hand(&self) -> impl Iterator<Item = Call> + '_ {
+        let calls = self.slots.iter().map(|slot| Call {
+            id: slot.id().load(Ordering::Acquire),
+            nr: slot.nr().load(Ordering::Relaxed),
+        });
         // 0 is never given out: the kernel counts up from a random number, and
         // one that is 0 by chance would be an open that nobody answers for a
         // dead supervisor, once in 2^64.
-        ids.filter(|id| *id != 0)
+        calls.filter(|call| call.id != 0)
     }
 }
 
@@ -99,6 +113,19 @@ impl Slot {
         // without an atomic owns it, and readers take any value.
         unsafe { &*self.0.get().cast::<AtomicU64>() }
     }
+
+    fn nr(&self) -> &AtomicI32 {
+        const OFFSET: usize = offset_of!(seccomp_notif, data) + offset_of!(libc::seccomp_data, nr);
+        // SAFETY: as of the id; the number is within the slot, aligned.
+        unsafe { &*self.0.get().byte_add(OFFSET).cast::<AtomicI32>() }
+    }
+}
+
+/// As much of a notification as the keeper needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    pub(super) id: u64,
+    pub(super) nr: c_int,
 }
 
 /// A slot of one thread.
@@ -113,6 +140,14 @@ impl Seat {
         self.board.slots[self.index]
             .id()
             .store(0, Ordering::Release);
+    }
+}
+
+/// Such as when its thread could not be started.
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let bit = 1 << self.index;
+        self.board.taken.fetch_and(!bit, Ordering::Release);
     }
 }
 
@@ -242,13 +277,16 @@ impl Listener {
         Ok(unsafe { ptr::read(slot) })
     }
 
-    /// The same for a process that shares nothing: the id alone.
-    pub(super) fn receive_id(&self) -> io::Result<u64> {
+    /// The same for a process that has no slot.
+    pub(super) fn receive_call(&self) -> io::Result<Call> {
         // SAFETY: plain integers; the kernel wants it zeroed.
         let mut notification: seccomp_notif = unsafe { zeroed() };
         let pointer = (&raw mut notification).cast();
         self.ioctl(libc::SECCOMP_IOCTL_NOTIF_RECV, pointer)?;
-        Ok(notification.id)
+        Ok(Call {
+            id: notification.id,
+            nr: notification.data.nr,
+        })
     }
 
     /// Lets the kernel execute the call as if there were no filter.
@@ -306,5 +344,24 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seat_that_is_given_up_is_another_s() {
+        let board = Board::new().unwrap();
+        let mut seats: Vec<Seat> = (0..SLOTS).map(|_| board.seat().unwrap()).collect();
+        assert!(board.seat().is_none());
+        let indices: std::collections::BTreeSet<_> = seats.iter().map(|s| s.index).collect();
+        assert_eq!(indices, (0..SLOTS).collect());
+        drop(seats.remove(5));
+        assert_eq!(board.seat().unwrap().index, 5);
+        assert_eq!(board.seat().unwrap().index, 5);
+        drop(seats);
+        assert_eq!(board.seat().unwrap().index, 0);
     }
 }

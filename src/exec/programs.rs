@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 /// fail or behave otherwise. `docs/REFERENCE.md` says what
 /// each does; a test looks at those that are installed.
 pub const DEFAULT: &[&str] = &[
-    "7z", "7za", "7zr", "bsdcpio", "bsdtar", "cp", "install", "mv", "tar",
+    "7z", "7za", "7zr", "bsdcpio", "bsdtar", "cp", "install", "mv", "scp", "sftp", "tail", "tar",
 ];
 
 /// Which programs get no other descriptor than the kernel's.

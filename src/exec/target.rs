@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::io::{self, IoSliceMut, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::libc::{self, c_long, seccomp_data};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
@@ -84,7 +85,7 @@ impl Asked {
 fn how(thread: u32, address: u64, size: u64) -> Option<(u32, ResolveFlags)> {
     let mut bytes = [0; 24];
     // A longer structure may ask for what this program does not know.
-    if size != bytes.len() as u64 || read(thread, address, &mut bytes)? != bytes.len() {
+    if size != bytes.len() as u64 || read(thread, address, &mut bytes).ok()? != bytes.len() {
         return None;
     }
     let word = |i: usize| {
@@ -101,13 +102,13 @@ fn how(thread: u32, address: u64, size: u64) -> Option<(u32, ResolveFlags)> {
 }
 
 /// Reads memory of a process; what can be had of it.
-fn read(thread: u32, address: u64, buffer: &mut [u8]) -> Option<usize> {
+fn read(thread: u32, address: u64, buffer: &mut [u8]) -> nix::Result<usize> {
     let remote = RemoteIoVec {
-        base: usize::try_from(address).ok()?,
+        base: usize::try_from(address).map_err(|_| Errno::EFAULT)?,
         len: buffer.len(),
     };
     let mut local = [IoSliceMut::new(buffer)];
-    process_vm_readv(Pid::from_raw(thread as i32), &mut local, &[remote]).ok()
+    process_vm_readv(Pid::from_raw(thread as i32), &mut local, &[remote])
 }
 
 /// The path of an open, with room before it.
@@ -125,16 +126,20 @@ impl PathBuffer {
         }
     }
 
-    /// Reads the path page by page, as far as it goes. `None` where it cannot be
-    /// read, or has no end: the kernel then has the right error.
+    /// Reads the path page by page, as far as it goes.
     ///
     /// Another thread may change it meanwhile. What is read here once is all
     /// that is resolved, as in the kernel.
-    pub(super) fn fill(&mut self, asked: &Asked) -> Option<()> {
+    ///
+    /// # Errors
+    /// EPERM where the memory of the process is closed to this one; others where
+    /// there is no path, or no end of it, and the kernel has the right error.
+    pub(super) fn fill(&mut self, asked: &Asked) -> nix::Result<()> {
         const PAGE: u64 = 4096;
         self.length = 0;
         while self.length < PATH_MAX {
-            let address = asked.path.checked_add(self.length as u64)?;
+            let address = asked.path.checked_add(self.length as u64);
+            let address = address.ok_or(Errno::EFAULT)?;
             let in_page = (PAGE - address % PAGE) as usize;
             let step = if self.length == 0 { FIRST } else { PATH_MAX };
             let want = in_page.min(step).min(PATH_MAX - self.length);
@@ -143,14 +148,14 @@ impl PathBuffer {
             let new = &self.bytes[start..start + got];
             if let Some(end) = new.iter().position(|&b| b == 0) {
                 self.length += end;
-                return Some(());
+                return Ok(());
             }
             if got == 0 {
-                return None;
+                return Err(Errno::EFAULT);
             }
             self.length += got;
         }
-        None
+        Err(Errno::ENAMETOOLONG)
     }
 
     fn is_absolute(&self) -> bool {

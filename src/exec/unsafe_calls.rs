@@ -4,8 +4,8 @@ use std::ffi::{c_int, c_uint};
 use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
 use std::ptr;
 use std::time::Duration;
 
@@ -163,6 +163,8 @@ pub(super) fn receive(door: BorrowedFd<'_>) -> io::Result<Option<Word>> {
 /// What the child does before it becomes the command.
 pub(super) struct Prelude {
     pub(super) mask: SigSet,
+    /// Of the descriptors 0 to 2.
+    pub(super) closed: [bool; 3],
     pub(super) ignored: [(Signal, bool); 2],
     pub(super) assist: Option<Assist>,
 }
@@ -189,6 +191,12 @@ pub(super) fn before_exec(command: &mut Command, prelude: Prelude) {
             unsafe { libc::signal(signal as c_int, action) };
         }
         prelude.mask.thread_set_mask()?;
+        for (number, closed) in (0..).zip(prelude.closed) {
+            if closed {
+                // SAFETY: it has no owner in this process.
+                unsafe { libc::close(number) };
+            }
+        }
         let Some(assist) = &prelude.assist else {
             return Ok(());
         };
@@ -247,8 +255,42 @@ pub(super) fn set_action(signal: Signal, action: &SigAction) -> io::Result<SigAc
 /// has, as for ^C at a terminal.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Taken {
-    pub(super) signal: Signal,
+    /// One of the real-time signals has no name.
+    pub(super) number: c_int,
     pub(super) by_process: bool,
+}
+
+/// What has become of a child, without waiting for it; `None`: nothing new. The
+/// status of waitpid(2), which nix takes for an error after a real-time signal.
+pub(super) fn look_at(child: Pid) -> io::Result<Option<ExitStatus>> {
+    let flags = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
+    let mut status = 0;
+    // SAFETY: the kernel writes one `status`.
+    match unsafe { libc::waitpid(child.as_raw(), &raw mut status, flags) } {
+        0 => Ok(None),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(Some(ExitStatus::from_raw(status))),
+    }
+}
+
+/// Ends this process by a signal; returns where the signal does not end it.
+pub(super) fn die_by(number: c_int) {
+    // SAFETY: zeroes are a valid set; it lives during the calls, and no handler
+    // is involved. The first fails for SIGKILL, which needs neither.
+    unsafe {
+        libc::signal(number, libc::SIG_DFL);
+        let mut set: libc::sigset_t = zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, number);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut());
+        libc::raise(number);
+    }
+}
+
+/// kill(2), by a signal's number.
+pub(super) fn kill(pid: Pid, number: c_int) {
+    // SAFETY: no pointers. It may have ended just now.
+    unsafe { libc::kill(pid.as_raw(), number) };
 }
 
 /// Whether a blocked signal waits to be taken.
@@ -262,15 +304,14 @@ pub(super) fn is_pending(signal: Signal) -> bool {
     }
 }
 
-/// Waits for one of some blocked signals; `None`: for one without a name.
+/// Waits for one of some blocked signals; `None`: there was none.
 pub(super) fn take_signal(set: &SigSet) -> Option<Taken> {
     // SAFETY: plain integers; the kernel overwrites it.
     let mut info: libc::siginfo_t = unsafe { zeroed() };
     // SAFETY: both live during the call.
     let number = unsafe { libc::sigwaitinfo(set.as_ref(), &raw mut info) };
-    let signal = Signal::try_from(number).ok()?;
-    Some(Taken {
-        signal,
+    (number > 0).then_some(Taken {
+        number,
         // SI_USER, SI_QUEUE, SI_TKILL; the kernel's own are positive.
         by_process: info.si_code <= 0,
     })
