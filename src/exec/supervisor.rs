@@ -123,7 +123,9 @@ impl Supervisor {
                         // Else they wait a little, and the keeper sees to the rest.
                         let _ = self.add_thread();
                     }
+                    let not_left = GoesOn(self, notification.id);
                     self.answer(&notification, &mut buffer);
+                    drop(not_left);
                     seat.clear();
                     self.idle.fetch_add(1, Ordering::Relaxed);
                 }
@@ -255,5 +257,17 @@ impl Supervisor {
                 .map_err(|e| Refusal::new(Reason::IoError, format!("fcntl: {e}")))?;
         }
         Ok(given)
+    }
+}
+
+/// Lets a call go on in the kernel should this thread end in the middle of it, by a
+/// mistake of ours: its caller would wait for ever.
+struct GoesOn<'a>(&'a Supervisor, u64);
+
+impl Drop for GoesOn<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let _ = self.0.listener.go_on(self.1);
+        }
     }
 }
