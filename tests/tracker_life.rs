@@ -160,6 +160,9 @@ fn one_number_that_two_threads_replace_at_once_is_right_each_time() {
     let clip = File::open(rig.mountpoint().join("0")).unwrap();
     let other = File::open("/dev/null").unwrap();
     let tracker = Tracker::start(TrackerOptions::new(rig.mountpoint())).unwrap();
+    // From at once to long after the other thread, however slow its start: each
+    // of the two is the last in some rounds, on one emulated core as well.
+    let spin = |step: u32| (0..1 << (step % 16)).for_each(|_| std::hint::spin_loop());
     // Standard input, which no test reads: the one number to replace safely.
     dup2_stdin(&other).unwrap();
     let turn = &AtomicU32::new(0);
@@ -174,6 +177,7 @@ fn one_number_that_two_threads_replace_at_once_is_right_each_time() {
                 if turn.load(Ordering::SeqCst) == u32::MAX {
                     break;
                 }
+                spin(round / 16);
                 dup2_stdin(&clip).unwrap();
                 turn.fetch_add(1, Ordering::SeqCst);
             }
@@ -186,10 +190,7 @@ fn one_number_that_two_threads_replace_at_once_is_right_each_time() {
         {
             rounds += 1;
             turn.store(2 * rounds - 1, Ordering::SeqCst);
-            // Sooner or later than the other thread, or at once.
-            for _ in 0..rounds % 32 {
-                std::hint::spin_loop();
-            }
+            spin(rounds);
             dup2_stdin(&other).unwrap();
             while turn.load(Ordering::SeqCst) < 2 * rounds {
                 std::hint::spin_loop();
