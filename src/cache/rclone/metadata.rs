@@ -97,6 +97,13 @@ struct Stamp {
     links: u64,
 }
 
+impl Stamp {
+    /// When it was last written, nanoseconds since 1970.
+    fn modified_ns(&self) -> i128 {
+        i128::from(self.modified.0) * 1_000_000_000 + i128::from(self.modified.1)
+    }
+}
+
 impl From<&fs::Metadata> for Stamp {
     fn from(m: &fs::Metadata) -> Self {
         Self {
@@ -131,8 +138,12 @@ const TWO_TICKS_NS: i128 = 20_000_000;
 const MAX_BYTES: u64 = 64 << 20;
 /// How long rclone may take to write one again, on a busy host.
 const REWRITE: Duration = Duration::from_millis(100);
-/// Reads before a file that keeps changing is given up.
+/// Reads of a file that nobody has written lately and that still is not whole,
+/// before it is given up: such a one was damaged.
 const TRIES: u32 = 4;
+/// A file that was written so lately, nanoseconds, may be in the middle of it:
+/// its writer can lose the CPU for long between cutting and filling it.
+const LATELY_NS: i128 = 1_000_000_000;
 
 /// A metadata file as it was read: complete, twice the same.
 #[derive(Debug)]
@@ -189,7 +200,7 @@ impl MetadataFile {
             return fs::metadata(&self.path).is_ok_and(|m| Stamp::from(&m) == self.stamp);
         }
         match read_once(&self.path) {
-            Ok(Some(now)) if now.bytes == self.bytes && now.stamp == self.stamp => {
+            Ok(Attempt::Whole(now)) if now.bytes == self.bytes && now.stamp == self.stamp => {
                 self.racy = now.racy;
                 true
             }
@@ -217,11 +228,24 @@ pub(crate) fn is_same_version(a: &[u8], b: &[u8]) -> bool {
 /// [`Reason::NoMetadata`] where there is none, [`Reason::Permission`],
 /// [`Reason::BadMetadata`] where it kept changing, [`Reason::IoError`].
 pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
-    for _ in 0..TRIES {
+    let deadline = Instant::now() + REWRITE;
+    let mut tries = 0;
+    loop {
         match read_once(path) {
-            Ok(Some(file)) => return Ok(file),
-            // rclone writes it in well under a millisecond.
-            Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+            Ok(Attempt::Whole(file)) => return Ok(*file),
+            // rclone writes it in well under a millisecond, if it gets a CPU.
+            Ok(Attempt::Torn { lately }) => {
+                tries += 1;
+                let given_up = if lately {
+                    Instant::now() >= deadline
+                } else {
+                    tries >= TRIES
+                };
+                if given_up {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(Refusal::new(
                     Reason::NoMetadata,
@@ -243,8 +267,16 @@ pub(crate) fn read_metadata(path: &Path) -> Result<MetadataFile, Refusal> {
     ))
 }
 
-/// One attempt; `None` where the content was not stable or not complete.
-fn read_once(path: &Path) -> io::Result<Option<MetadataFile>> {
+/// What came of one attempt.
+enum Attempt {
+    Whole(Box<MetadataFile>),
+    /// The content was not stable or not complete; `lately`: and was written
+    /// just now.
+    Torn { lately: bool },
+}
+
+/// One attempt.
+fn read_once(path: &Path) -> io::Result<Attempt> {
     // The clock first: time that passes while reading must not hide a race.
     let now = now_ns();
     // Who put a FIFO there is not waited for.
@@ -259,12 +291,15 @@ fn read_once(path: &Path) -> io::Result<Option<MetadataFile>> {
             "too large for a metadata file",
         ));
     }
+    let lately = now - before.modified_ns() < LATELY_NS;
     let mut first = vec![0; before.size as usize];
     let mut second = first.clone();
     for copy in [&mut first, &mut second] {
         match file.read_exact_at(copy, 0) {
             // It has been cut since.
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Ok(Attempt::Torn { lately: true });
+            }
             read => read?,
         }
     }
@@ -272,14 +307,16 @@ fn read_once(path: &Path) -> io::Result<Option<MetadataFile>> {
         && Stamp::from(&file.metadata()?) == before
         && Stamp::from(&fs::metadata(path)?) == before
         && first.trim_ascii_end().last() == Some(&b'}');
-    let racy = is_racy(before.modified, now);
-    Ok(stable.then(|| MetadataFile {
+    if !stable {
+        return Ok(Attempt::Torn { lately });
+    }
+    Ok(Attempt::Whole(Box::new(MetadataFile {
         path: path.to_path_buf(),
         file,
         bytes: first,
+        racy: is_racy(before.modified_ns(), now),
         stamp: before,
-        racy,
-    }))
+    })))
 }
 
 fn now_ns() -> i128 {
@@ -288,10 +325,9 @@ fn now_ns() -> i128 {
         .map_or(0, |d| d.as_nanos() as i128)
 }
 
-fn is_racy(modified: (i64, i64), now_ns: i128) -> bool {
-    let modified = i128::from(modified.0) * 1_000_000_000 + i128::from(modified.1);
+fn is_racy(modified_ns: i128, now_ns: i128) -> bool {
     // A time in the future says nothing: the clock was set.
-    now_ns - modified < TWO_TICKS_NS
+    now_ns - modified_ns < TWO_TICKS_NS
 }
 
 #[cfg(test)]
@@ -376,6 +412,29 @@ mod tests {
     }
 
     #[test]
+    fn a_writer_that_lost_the_cpu_is_waited_for_and_damage_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta");
+        let whole = text(10, "null", "a", false);
+        fs::write(&path, &whole[..20]).unwrap();
+        let (slow, rest) = (path.clone(), whole.clone());
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            fs::write(slow, rest)
+        });
+        assert_eq!(read_metadata(&path).unwrap().bytes, whole.as_bytes());
+        writer.join().unwrap().unwrap();
+        fs::write(&path, &whole[..20]).unwrap();
+        let old = SystemTime::now() - Duration::from_secs(5);
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(old).unwrap();
+        let started = Instant::now();
+        let reason = read_metadata(&path).unwrap_err().reason;
+        assert_eq!(reason, Reason::BadMetadata);
+        assert!(started.elapsed() < REWRITE, "{:?}", started.elapsed());
+    }
+
+    #[test]
     fn what_is_no_file_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("meta");
@@ -393,9 +452,9 @@ mod tests {
 
     #[test]
     fn a_fresh_file_is_racy_and_an_old_one_is_not() {
-        assert!(is_racy((100, 0), 100_000_000_000 + TWO_TICKS_NS - 1));
-        assert!(!is_racy((100, 0), 100_000_000_000 + TWO_TICKS_NS));
-        assert!(is_racy((101, 0), 100_000_000_000));
+        assert!(is_racy(100, 100 + TWO_TICKS_NS - 1));
+        assert!(!is_racy(100, 100 + TWO_TICKS_NS));
+        assert!(is_racy(101, 100));
     }
 
     proptest! {
