@@ -1,12 +1,16 @@
 //! The command line's types.
 
 mod exec;
+#[cfg(feature = "mount")]
+mod mount;
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use exec::{ExecArgs, Snapshot};
+#[cfg(feature = "mount")]
+pub use mount::{MountArgs, MountSnapshot, Passthrough};
 use vmafx_bypass::handover::Owner;
 
 /// Reads clips that rclone has cached past FUSE, never at the price of a wrong byte.
@@ -50,6 +54,13 @@ pub enum Command {
     /// gets as a snapshot: a reflink or a sealed copy. All else goes on as
     /// without exec.
     Exec(ExecArgs),
+    /// Show an rclone mount again, read-only, past FUSE where it is cached: for
+    /// programs that nobody changes and nobody wraps.
+    ///
+    /// Whole clips are read by the kernel itself, from reflinks or copies (Linux
+    /// 6.9); all else by proven ranges.
+    #[cfg(feature = "mount")]
+    Mount(MountArgs),
     /// Complete clips in rclone's cache: read what is missing, and only that.
     Warm(WarmArgs),
 }

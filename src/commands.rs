@@ -7,6 +7,8 @@ pub mod dump_map;
 mod estimate;
 pub mod exec;
 pub mod explain;
+#[cfg(feature = "mount")]
+pub mod mount;
 pub mod read;
 pub mod run;
 #[cfg(feature = "ebpf")]

@@ -13,6 +13,10 @@
 //! - [`mod@bench`] compares the ways to read a clip.
 //! - [`exec`] runs unmodified programs, and answers their opens of clips.
 //! - [`warm`] completes clips in the cache.
+#![cfg_attr(
+    feature = "mount",
+    doc = "- [`reexport`] shows an rclone mount again, for programs that nobody changes."
+)]
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
@@ -25,6 +29,8 @@ pub mod mounts;
 pub mod optin;
 pub mod reader;
 pub mod reason;
+#[cfg(feature = "mount")]
+pub mod reexport;
 pub mod rig;
 pub mod snapshot;
 mod sys;

@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         Command::Explain(args) => commands::explain::run(&args),
         Command::Bench(args) => commands::bench::run(&args, &notes, signals),
         Command::Exec(args) => commands::exec::run(&args, &notes, signals),
+        #[cfg(feature = "mount")]
+        Command::Mount(args) => commands::mount::run(&args, &notes, signals),
         Command::Warm(args) => commands::warm::run(&args, &notes, signals),
     };
     match result {

@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 /// The file system type of an `rclone mount`.
 pub const RCLONE_FSTYPE: &str = "fuse.rclone";
 
+/// The file system type of our own mounts.
+pub const REEXPORT_FSTYPE: &str = "fuse.vmafx-bypass";
+
 /// A superblock's device number in the kernel's own encoding, `major << 20 | minor`
 /// (include/linux/kdev_t.h), which is what BPF programs see in `s_dev`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -78,6 +81,12 @@ impl Mount {
     #[must_use]
     pub fn is_rclone(&self) -> bool {
         self.fstype == RCLONE_FSTYPE
+    }
+
+    /// Whether this is a mount of `vmafx-bypass mount`.
+    #[must_use]
+    pub fn is_reexport(&self) -> bool {
+        self.fstype == REEXPORT_FSTYPE
     }
 
     /// Whether this is a FUSE mount of any kind.

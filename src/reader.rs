@@ -3,6 +3,8 @@
 
 mod buffer;
 mod companion;
+#[cfg(feature = "mount")]
+mod edition;
 mod epoch;
 mod explain;
 mod lease;
@@ -25,6 +27,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+#[cfg(feature = "mount")]
+pub(crate) use edition::Edition;
 pub use explain::Explanation;
 pub(crate) use lease::Proven;
 pub use options::BypassOptions;
@@ -341,6 +345,9 @@ impl BypassFile {
                     let again = (refusal.reason != Reason::Quarantined)
                         .then(|| epoch.since() + RETRY_AFTER);
                     let ended = Arc::new(State::Fuse { refusal, again });
+                    // Before, for who reads by the new state; and after, for who
+                    // has begun to read ahead by the old one.
+                    self.generation.fetch_add(1, Ordering::Release);
                     // Where it fails, another thread has seen the end, too.
                     self.state.compare_and_swap(&*state, ended);
                     self.generation.fetch_add(1, Ordering::Release);
@@ -381,6 +388,7 @@ impl BypassFile {
             let pulled = self.pulled.load(Ordering::Relaxed);
             let pulled = (pulled != NOT_PULLED).then_some(pulled);
             let state = state_of(&self.companion, &self.via, pulled, &self.failures);
+            self.generation.fetch_add(1, Ordering::Release);
             self.state.store(Arc::new(state));
         }
         true

@@ -7,6 +7,8 @@
 //! the cache file, or a sealed copy in memory. See `docs/SEMANTICS.md`.
 
 mod copy;
+#[cfg(feature = "mount")]
+mod huge;
 mod live;
 mod memory;
 mod reflink;
@@ -23,6 +25,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::optin::{self, OptIn};
 use crate::reader::{Shown, Vigil, WholeClip};
 use crate::reason::{Reason, Refusal};
+pub use reflink::has_reflinks;
 use store::{Charge, Slot, Store};
 
 /// rclone itself is asked again whether a clip is still the same after this
@@ -36,6 +39,8 @@ pub enum SnapshotMode {
     Auto,
     /// The same; whoever asks for it takes no other way where that fails.
     Require,
+    /// As a reflink alone: where there is none, nothing is handed over.
+    Reflink,
     /// The cache file itself, while nobody else has it open: for remotes whose
     /// clips never change.
     Off,
@@ -53,6 +58,9 @@ pub enum SnapshotKind {
 }
 
 impl SnapshotKind {
+    /// Every kind, in declaration order: the order of counters.
+    pub const ALL: &'static [Self] = &[Self::Reflink, Self::Copy, Self::Live];
+
     /// The contract's name, `snake_case`.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -125,6 +133,9 @@ pub struct SnapshotOptions {
 /// ```
 pub struct Snapshots {
     options: SnapshotOptions,
+    /// Where copies are made of huge pages, for this process alone.
+    #[cfg(feature = "mount")]
+    huge: Option<OwnedFd>,
     store: Store,
     /// Bytes of the copies that are being made.
     filling: AtomicU64,
@@ -170,8 +181,22 @@ impl Snapshots {
     pub fn new(options: SnapshotOptions) -> Self {
         Self {
             options,
+            #[cfg(feature = "mount")]
+            huge: None,
             store: Store::new(options.copy_budget),
             filling: AtomicU64::new(0),
+        }
+    }
+
+    /// As [`new`](Self::new); copies are made of huge pages where we may, which
+    /// are read in half the time. They are not sealed, and so for the kernel to
+    /// read from and for no other process: they have no name, and their mount is
+    /// in no namespace.
+    #[cfg(feature = "mount")]
+    pub(crate) fn of_huge_pages(options: SnapshotOptions) -> Self {
+        Self {
+            huge: huge::folder().ok(),
+            ..Self::new(options)
         }
     }
 
@@ -245,17 +270,32 @@ impl Snapshots {
                 charge: None,
             });
         }
+        if self.options.mode == SnapshotMode::Reflink {
+            let detail = "the cache's file system makes no reflink for us";
+            return Err(Refusal::new(Reason::Unsupported, detail));
+        }
         let size = clip.size();
         let charge = self.store.reserve(size)?;
         // Those that are being filled do not show in the available memory yet.
         let others = self.filling.fetch_add(size, Ordering::AcqRel);
-        let filled = memory::check(size.saturating_add(others)).and_then(|()| copy::of(clip));
+        let filled = memory::check(size.saturating_add(others)).and_then(|()| self.copy(clip));
         self.filling.fetch_sub(size, Ordering::AcqRel);
         Ok(Object {
             fd: filled?,
             kind: SnapshotKind::Copy,
             charge: Some(charge),
         })
+    }
+}
+
+impl Snapshots {
+    /// A copy, of huge pages if they were asked for and are to be had.
+    fn copy(&self, clip: &WholeClip) -> Result<OwnedFd, Refusal> {
+        #[cfg(feature = "mount")]
+        if let Some(folder) = &self.huge {
+            return huge::copy_of(clip, folder);
+        }
+        copy::of(clip)
     }
 }
 

@@ -48,6 +48,14 @@ impl Companion {
         Self::new(file, &link, false)
     }
 
+    /// The same, of a descriptor that nobody shares or has read through.
+    #[cfg(feature = "mount")]
+    pub(super) fn from_new_fd(fd: OwnedFd) -> io::Result<Self> {
+        let file = File::from(fd);
+        let link = link(&file);
+        Self::new(file, &link, true)
+    }
+
     fn new(file: File, path: &Path, fresh: bool) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if kind.is_dir() {

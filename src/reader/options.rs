@@ -73,6 +73,14 @@ impl BypassOptions {
         Ok(BypassFile::new(companion, self.via.clone()))
     }
 
+    /// As [`from_fd`](Self::from_fd), of a descriptor that nobody else has or has
+    /// read through.
+    #[cfg(feature = "mount")]
+    pub(crate) fn take_new_fd(&self, fd: OwnedFd) -> io::Result<BypassFile> {
+        let companion = Companion::from_new_fd(fd)?;
+        Ok(BypassFile::new(companion, self.via.clone()))
+    }
+
     /// As [`open`](Self::open), also where the opt-in switches every bypass
     /// off: for measuring what that costs.
     pub(crate) fn open_to_measure(&self, path: &Path) -> io::Result<BypassFile> {

@@ -27,17 +27,7 @@ pub(super) fn of(clip: &WholeClip) -> Result<OwnedFd, Refusal> {
     };
     let file = File::from(create().map_err(|e| failed("memfd_create", e.into()))?);
     let size = clip.size();
-    let mut buffer = vec![0; CHUNK];
-    let mut offset = 0;
-    while offset < size {
-        let length = usize::try_from(size - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
-        let part = &mut buffer[..length];
-        clip.read(part, offset)?;
-        let written = file.write_all_at(part, offset);
-        written.map_err(|e| failed("write", e))?;
-        offset += length as u64;
-    }
-    clip.check()?;
+    fill(&file, clip)?;
     dress(&file, clip)?;
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&file, seals).map_err(|e| failed("sealing", e.into()))?;
@@ -48,6 +38,28 @@ pub(super) fn of(clip: &WholeClip) -> Result<OwnedFd, Refusal> {
         return Err(Refusal::new(Reason::IoError, detail));
     }
     reopen(&file).map_err(|e| failed("reopening", e))
+}
+
+/// Copies a clip into a file, which has its bytes if nothing failed.
+pub(super) fn fill(file: &File, clip: &WholeClip) -> Result<(), Refusal> {
+    let size = clip.size();
+    let mut buffer = vec![0; CHUNK];
+    let mut offset = 0;
+    while offset < size {
+        let length = usize::try_from(size - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
+        let part = &mut buffer[..length];
+        clip.read(part, offset)?;
+        file.write_all_at(part, offset).map_err(|e| {
+            // Full, it is as if the budget were.
+            let reason = match e.kind() {
+                std::io::ErrorKind::StorageFull => Reason::Budget,
+                _ => Reason::IoError,
+            };
+            Refusal::new(reason, format!("write of a copy in memory: {e}"))
+        })?;
+        offset += length as u64;
+    }
+    clip.check()
 }
 
 /// A file in memory that cannot be executed, from Linux 6.3 on.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::unistd::{Whence, lseek};
 use rustix::fs::{IFlags, Mode, OFlags};
@@ -39,6 +40,18 @@ pub(super) fn of(clip: &WholeClip) -> Result<Option<OwnedFd>, Refusal> {
         let _ = rustix::fs::ioctl_setflags(&file, flags | IFlags::IMMUTABLE);
     }
     Ok(Some(snapshot))
+}
+
+/// Whether a folder's file system has reflinks, and we may make them there: tried
+/// with two files that have no name.
+#[must_use]
+pub fn has_reflinks(folder: &Path) -> bool {
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::EXCL | OFlags::CLOEXEC;
+    let open = || rustix::fs::open(folder, flags, Mode::RUSR);
+    let (Ok(from), Ok(to)) = (open(), open()) else {
+        return false;
+    };
+    rustix::fs::ioctl_ficlone(&to, &from).is_ok()
 }
 
 fn clone(clip: &WholeClip) -> Option<File> {

@@ -126,6 +126,12 @@ pub struct Located {
 }
 
 impl Located {
+    /// The cache folder, as it can be opened here.
+    #[must_use]
+    pub fn cache_folder(&self) -> PathBuf {
+        self.folders.cache_folder()
+    }
+
     /// What the proof's first gates are about.
     #[must_use]
     pub fn mount_facts(&self) -> MountFacts {

@@ -272,7 +272,9 @@ enum Attempt {
     Whole(Box<MetadataFile>),
     /// The content was not stable or not complete; `lately`: and was written
     /// just now.
-    Torn { lately: bool },
+    Torn {
+        lately: bool,
+    },
 }
 
 /// One attempt.

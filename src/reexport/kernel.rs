@@ -1,0 +1,234 @@
+//! Mounting, and what else only the kernel does.
+//!
+//! Not by fuser: at its end a session of its own unmounts whatever is then at the
+//! mount point, which may be its successor.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount as mount_call, umount2};
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use crate::mounts::{Dev, MountTable};
+
+/// The mount options that are flags of mount(2).
+const FLAGS: &[(&str, MsFlags)] = &[
+    ("ro", MsFlags::MS_RDONLY),
+    ("nosuid", MsFlags::MS_NOSUID),
+    ("nodev", MsFlags::MS_NODEV),
+    ("noexec", MsFlags::MS_NOEXEC),
+    ("exec", MsFlags::empty()),
+    ("noatime", MsFlags::MS_NOATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME),
+    ("relatime", MsFlags::MS_RELATIME),
+];
+/// Options that would make it what it is not.
+const REFUSED: &[&str] = &["rw", "suid", "dev", "fsname", "subtype", "auto_unmount"];
+/// The subtype of `fuse.vmafx-bypass`.
+const SUBTYPE: &str = "vmafx-bypass";
+
+/// What is mounted, and how.
+pub(super) struct Mounting<'a> {
+    pub(super) point: &'a Path,
+    /// What the mount table shows as the source.
+    pub(super) source: &'a Path,
+    pub(super) allow_other: bool,
+    pub(super) options: &'a [String],
+}
+
+/// Why an option is not taken; `None`: it is, or the kernel will tell.
+pub(super) fn refused(option: &str) -> Option<&'static str> {
+    let name = option.split('=').next().unwrap_or_default();
+    REFUSED.iter().find(|refused| **refused == name).copied()
+}
+
+impl Mounting<'_> {
+    /// Mounts, by fusermount3 where we may not ourselves.
+    pub(super) fn mount(&self) -> io::Result<OwnedFd> {
+        match self.mount_here() {
+            Err(e) if e.raw_os_error() == Some(nix::libc::EPERM) => self.by_fusermount(),
+            mounted => mounted,
+        }
+    }
+
+    fn mount_here(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let device = rustix::fs::open("/dev/fuse", flags, Mode::empty())?;
+        let mut flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let mut data = format!(
+            "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
+            device.as_raw_fd(),
+            nix::unistd::geteuid(),
+            nix::unistd::getegid()
+        );
+        if self.allow_other {
+            data.push_str(",allow_other");
+        }
+        for option in self.options {
+            if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| name == option) {
+                flags |= *flag;
+            } else {
+                data.push(',');
+                data.push_str(option);
+            }
+        }
+        let fstype = Some(crate::mounts::REEXPORT_FSTYPE);
+        mount_call(Some(self.source), self.point, fstype, flags, Some(&*data))?;
+        Ok(device)
+    }
+
+    /// fusermount3(1) mounts for other users than root, and hands the device over
+    /// by a socket.
+    fn by_fusermount(&self) -> io::Result<OwnedFd> {
+        let (ours, its) = UnixStream::pair()?;
+        rustix::io::fcntl_setfd(&its, rustix::io::FdFlags::empty())?;
+        let mut options = OsString::from("ro,nosuid,nodev,default_permissions,subtype=");
+        options.push(SUBTYPE);
+        options.push(",fsname=");
+        options.push(escaped(self.source.as_os_str()));
+        if self.allow_other {
+            options.push(",allow_other");
+        }
+        for option in self.options {
+            options.push(",");
+            options.push(option);
+        }
+        let output = Command::new("fusermount3")
+            .arg("-o")
+            .arg(options)
+            .arg("--")
+            .arg(self.point)
+            .env("_FUSE_COMMFD", its.as_raw_fd().to_string())
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|e| io::Error::new(e.kind(), format!("fusermount3: {e}; install fuse3")))?;
+        drop(its);
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            return Err(io::Error::other(text.trim().replace('\n', "; ")));
+        }
+        receive(&ours)
+    }
+}
+
+/// For the option parser of fusermount3.
+fn escaped(text: &OsStr) -> OsString {
+    let mut out = Vec::new();
+    for &byte in text.as_bytes() {
+        if matches!(byte, b',' | b'\\') {
+            out.push(b'\\');
+        }
+        out.push(byte);
+    }
+    OsStr::from_bytes(&out).to_owned()
+}
+
+fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
+    let mut byte = [0];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut into = [IoSliceMut::new(&mut byte)];
+    rustix::net::recvmsg(socket, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let descriptor = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    descriptor.ok_or_else(|| io::Error::other("fusermount3 gave no device"))
+}
+
+/// The superblock that was mounted last at a path, if it is one of ours.
+pub(super) fn mounted_at(point: &Path) -> Option<Dev> {
+    let table = MountTable::read().ok()?;
+    let last = table.iter().rfind(|m| m.point == point)?;
+    last.is_reexport().then_some(last.dev)
+}
+
+/// Unmounts a superblock of ours, wherever it is the last; `lazily` also while
+/// files are open on it.
+pub(super) fn unmount(dev: Dev, lazily: bool) -> io::Result<()> {
+    let table = MountTable::read()?;
+    let mut points: Vec<_> = table.iter().filter(|m| m.dev == dev).collect();
+    points.reverse();
+    for mount in points {
+        if mounted_at(&mount.point) == Some(dev) {
+            unmount_at(&mount.point, lazily)?;
+        }
+    }
+    Ok(())
+}
+
+fn unmount_at(point: &Path, lazily: bool) -> io::Result<()> {
+    let mut flags = MntFlags::UMOUNT_NOFOLLOW;
+    flags.set(MntFlags::MNT_DETACH, lazily);
+    match umount2(point, flags) {
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
+        Err(Errno::EPERM) => {
+            let flags = if lazily { "-uz" } else { "-u" };
+            let mut command = Command::new("fusermount3");
+            command.arg(flags).arg("--").arg(point);
+            let output = command.stdin(Stdio::null()).output()?;
+            if output.status.success() {
+                return Ok(());
+            }
+            let text = String::from_utf8_lossy(&output.stderr);
+            Err(io::Error::other(text.trim().replace('\n', "; ")))
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// How much the kernel reads ahead, KiB: as much as it asks for at once. The
+/// default, 128, costs a fast reader half of its speed. Where we may not set it,
+/// it stays.
+pub(super) fn set_read_ahead(dev: Dev, kib: u32) {
+    let path = format!(
+        "/sys/class/bdi/{}:{}/read_ahead_kb",
+        dev.major(),
+        dev.minor()
+    );
+    let _ = fs::write(path, kib.to_string());
+}
+
+/// Whether this process may register backing files: CAP_SYS_ADMIN, which the
+/// kernel wants in the first user namespace (fs/fuse/backing.c).
+pub(super) fn may_back() -> bool {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let set = line.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    set.is_some_and(|set| set & CAP_SYS_ADMIN != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_would_make_it_something_else_are_refused() {
+        for option in ["rw", "suid", "dev", "fsname=x", "subtype=y"] {
+            assert!(refused(option).is_some(), "{option}");
+        }
+        for option in ["ro", "noexec", "context=x", "max_read=4096"] {
+            assert_eq!(refused(option), None);
+        }
+    }
+
+    #[test]
+    fn commas_and_backslashes_are_escaped() {
+        assert_eq!(escaped(OsStr::new("/a,b\\c d")), "/a\\,b\\\\c d");
+    }
+
+    #[test]
+    fn what_is_not_ours_is_not_found() {
+        assert_eq!(mounted_at(Path::new("/")), None);
+        assert_eq!(mounted_at(Path::new("/no/such")), None);
+    }
+}

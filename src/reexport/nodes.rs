@@ -1,0 +1,296 @@
+//! The files that the kernel knows, and how each is open: pure.
+//!
+//! The kernel wants all opens of an inode that it serves from a backing file to
+//! have the same one, none of them cached pages beside it, and shows one size for
+//! all. So a version of a file that is open has a node of its own, and so has each
+//! way of opening it that would not go with those that are there. Whoever opens a
+//! node that is not the right one gets ESTALE, upon which the kernel looks the
+//! name up again, and finds another. fs/fuse/iomode.c, Linux 6.9.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fuser::FileAttr;
+
+use super::attr::Version;
+use crate::reader::Edition;
+
+/// The root's number, which the kernel has from the start.
+pub(super) const ROOT: u64 = 1;
+/// Numbers from here on are made up.
+const MADE_UP: u64 = 1 << 63;
+
+/// A whole clip's snapshot: its device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SnapshotId {
+    pub(super) dev: u64,
+    pub(super) ino: u64,
+}
+
+/// How a node is to be opened.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Wanted {
+    /// By the kernel, from a snapshot.
+    Whole(SnapshotId),
+    /// By ranges, with cached pages.
+    Ranges(Edition),
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) enum Admission<B> {
+    Whole(Arc<B>),
+    Ranges {
+        /// Whether pages of earlier opens are of the same bytes.
+        keep: bool,
+        /// Set by who reads a page that is not certain to be of the edition.
+        tainted: Arc<AtomicBool>,
+    },
+    /// By ranges, without cached pages: whatever else is open.
+    Direct,
+    /// The name has to be looked up again.
+    Stale,
+}
+
+#[derive(Debug)]
+enum State<B> {
+    Closed {
+        /// What the cached pages are of.
+        pages: Option<Edition>,
+    },
+    Whole {
+        id: SnapshotId,
+        backing: Arc<B>,
+        opens: u32,
+    },
+    Ranges {
+        edition: Edition,
+        tainted: Arc<AtomicBool>,
+        opens: u32,
+    },
+}
+
+#[derive(Debug)]
+struct Node<B> {
+    /// Below the source.
+    path: Arc<Path>,
+    /// Names that the kernel has found it by.
+    lookups: u64,
+    /// As it was last shown; its inode number is the source's.
+    attr: FileAttr,
+    state: State<B>,
+}
+
+impl<B> Node<B> {
+    fn is_open(&self) -> bool {
+        !matches!(self.state, State::Closed { .. })
+    }
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Nodes<B> {
+    by_id: HashMap<u64, Node<B>>,
+    /// Which one a path leads to.
+    current: HashMap<Arc<Path>, u64>,
+    next: u64,
+}
+
+impl<B> Nodes<B> {
+    pub(super) fn new() -> Self {
+        Self {
+            by_id: HashMap::new(),
+            current: HashMap::new(),
+            next: MADE_UP,
+        }
+    }
+
+    /// The number of the node that a path leads to now that it shows these
+    /// attributes; the kernel knows it once more.
+    pub(super) fn enter(&mut self, path: &Path, attr: &FileAttr) -> u64 {
+        if let Some(&id) = self.current.get(path)
+            && let Some(node) = self.by_id.get_mut(&id)
+            && (node.attr.ino, node.attr.kind) == (attr.ino, attr.kind)
+        {
+            let same = Version::of_attr(&node.attr) == Version::of_attr(attr);
+            if same || !node.is_open() {
+                if !node.is_open() {
+                    node.attr = *attr;
+                }
+                node.lookups += 1;
+                return id;
+            }
+        }
+        let own = attr.ino.0;
+        let id = if own > ROOT && own < MADE_UP && !self.by_id.contains_key(&own) {
+            own
+        } else {
+            self.next += 1;
+            self.next
+        };
+        let path: Arc<Path> = match self.current.remove_entry(path) {
+            Some((path, _)) => path,
+            None => path.into(),
+        };
+        self.current.insert(Arc::clone(&path), id);
+        let node = Node {
+            path,
+            lookups: 1,
+            attr: *attr,
+            state: State::Closed { pages: None },
+        };
+        self.by_id.insert(id, node);
+        id
+    }
+
+    /// The kernel has forgotten a node so many times.
+    pub(super) fn forget(&mut self, id: u64, lookups: u64) {
+        let Some(node) = self.by_id.get_mut(&id) else {
+            return;
+        };
+        node.lookups = node.lookups.saturating_sub(lookups);
+        if node.lookups == 0
+            && let Some(node) = self.by_id.remove(&id)
+            && self.current.get(&node.path) == Some(&id)
+        {
+            self.current.remove(&node.path);
+        }
+    }
+
+    /// Where a node is, below the source.
+    pub(super) fn path(&self, id: u64) -> Option<Arc<Path>> {
+        if id == ROOT {
+            return Some(Path::new("").into());
+        }
+        self.by_id.get(&id).map(|node| Arc::clone(&node.path))
+    }
+
+    /// What an open node shows until it is closed.
+    pub(super) fn frozen(&self, id: u64) -> Option<FileAttr> {
+        let node = self.by_id.get(&id)?;
+        node.is_open().then_some(node.attr)
+    }
+
+    /// Notes what a node shows now; false where that is another file.
+    pub(super) fn show(&mut self, id: u64, attr: &FileAttr) -> bool {
+        let Some(node) = self.by_id.get_mut(&id) else {
+            // The root, which is what it is.
+            return true;
+        };
+        if (node.attr.ino, node.attr.kind) != (attr.ino, attr.kind) {
+            return false;
+        }
+        if !node.is_open() {
+            node.attr = *attr;
+        }
+        true
+    }
+
+    /// Opens a node, if what is `wanted` of this version goes with what the
+    /// kernel was told of it, and with those who have it open; `last`: the name
+    /// was just looked up again, and is not to be once more. `back` registers a
+    /// backing file.
+    ///
+    /// # Errors
+    /// Those of `back`.
+    pub(super) fn admit<E>(
+        &mut self,
+        id: u64,
+        version: Version,
+        wanted: Wanted,
+        last: bool,
+        back: impl FnOnce() -> Result<B, E>,
+    ) -> Result<Admission<B>, E> {
+        let Some(node) = self.by_id.get_mut(&id) else {
+            return Ok(Admission::Stale);
+        };
+        // Also at last: a mapping would put its pages among those of another
+        // version. Who finds the second version since it began has to try again.
+        if Version::of_attr(&node.attr) != version {
+            return Ok(Admission::Stale);
+        }
+        match (&mut node.state, wanted) {
+            (State::Closed { .. }, Wanted::Whole(snapshot)) => {
+                let backing = Arc::new(back()?);
+                node.state = State::Whole {
+                    id: snapshot,
+                    backing: Arc::clone(&backing),
+                    opens: 1,
+                };
+                return Ok(Admission::Whole(backing));
+            }
+            (State::Closed { pages }, Wanted::Ranges(edition)) => {
+                let keep = edition.is_certain() && *pages == Some(edition);
+                let tainted = Arc::new(AtomicBool::new(false));
+                node.state = State::Ranges {
+                    edition,
+                    tainted: Arc::clone(&tainted),
+                    opens: 1,
+                };
+                return Ok(Admission::Ranges { keep, tainted });
+            }
+            (State::Whole { id, backing, opens }, Wanted::Whole(snapshot)) if *id == snapshot => {
+                *opens += 1;
+                return Ok(Admission::Whole(Arc::clone(backing)));
+            }
+            (
+                State::Ranges {
+                    edition: open,
+                    tainted,
+                    opens,
+                },
+                Wanted::Ranges(edition),
+            ) if *open == edition => {
+                *opens += 1;
+                let keep = edition.is_certain() && !tainted.load(Ordering::Acquire);
+                let tainted = Arc::clone(tainted);
+                return Ok(Admission::Ranges { keep, tainted });
+            }
+            _ => {}
+        }
+        if last {
+            return Ok(Admission::Direct);
+        }
+        // The next lookup has to find another node.
+        if self.current.get(&node.path) == Some(&id) {
+            self.current.remove(&node.path);
+        }
+        Ok(Admission::Stale)
+    }
+
+    /// One who had a node open, whole or by ranges, has closed it. What is handed
+    /// back is to be dropped without the lock.
+    pub(super) fn close(&mut self, id: u64) -> Option<Arc<B>> {
+        let node = self.by_id.get_mut(&id)?;
+        let (State::Whole { opens, .. } | State::Ranges { opens, .. }) = &mut node.state else {
+            return None;
+        };
+        *opens -= 1;
+        if *opens > 0 {
+            return None;
+        }
+        let pages = match &node.state {
+            State::Ranges {
+                edition, tainted, ..
+            } if !tainted.load(Ordering::Acquire) => Some(*edition),
+            _ => None,
+        };
+        match std::mem::replace(&mut node.state, State::Closed { pages }) {
+            State::Whole { backing, .. } => Some(backing),
+            _ => None,
+        }
+    }
+
+    /// How many the kernel knows.
+    #[cfg(test)]
+    fn len(&self) -> usize {
+        assert!(self.current.len() <= self.by_id.len());
+        self.by_id.len()
+    }
+}
+
+#[cfg(test)]
+#[path = "nodes_tests.rs"]
+mod tests;

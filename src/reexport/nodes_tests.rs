@@ -1,0 +1,202 @@
+use std::time::{Duration, UNIX_EPOCH};
+
+use fuser::{FileType, INodeNo};
+
+use super::*;
+use crate::cache::proof::Timestamp;
+
+fn attr(ino: u64, size: u64, seconds: u64) -> FileAttr {
+    let time = UNIX_EPOCH + Duration::from_secs(seconds);
+    FileAttr {
+        ino: INodeNo(ino),
+        size,
+        blocks: 0,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: FileType::RegularFile,
+        perm: 0o644,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+fn edition(version: Version, file: u64) -> Edition {
+    Edition::for_tests(version.size, version.modified, file)
+}
+
+const A: SnapshotId = SnapshotId { dev: 1, ino: 1 };
+const B: SnapshotId = SnapshotId { dev: 1, ino: 2 };
+
+/// Opens, and names what came of it.
+fn open(nodes: &mut Nodes<()>, id: u64, attr: &FileAttr, wanted: Wanted, last: bool) -> String {
+    let version = Version::of_attr(attr);
+    let back = || Ok::<_, ()>(());
+    match nodes.admit(id, version, wanted, last, back).unwrap() {
+        Admission::Whole(_) => "whole".into(),
+        Admission::Ranges { keep, .. } => format!("ranges, keep {keep}"),
+        Admission::Direct => "direct".into(),
+        Admission::Stale => "stale".into(),
+    }
+}
+
+fn path() -> &'static Path {
+    Path::new("a/clip")
+}
+
+#[test]
+fn a_clip_that_becomes_whole_gets_another_node_while_it_is_open() {
+    let mut nodes = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let version = Version::of_attr(&shown);
+    let by_ranges = Wanted::Ranges(edition(version, 1));
+    let id = nodes.enter(path(), &shown);
+    assert_eq!(id, 7);
+    let first = open(&mut nodes, id, &shown, by_ranges, false);
+    assert_eq!(first, "ranges, keep false");
+    let other = open(&mut nodes, id, &shown, by_ranges, false);
+    assert_eq!(other, "ranges, keep true");
+    assert_eq!(
+        open(&mut nodes, id, &shown, Wanted::Whole(A), false),
+        "stale"
+    );
+    let second = nodes.enter(path(), &shown);
+    assert_ne!(second, id);
+    assert_eq!(
+        open(&mut nodes, second, &shown, Wanted::Whole(A), true),
+        "whole"
+    );
+    assert_eq!(
+        open(&mut nodes, second, &shown, Wanted::Whole(A), false),
+        "whole"
+    );
+    // Who has the old node still reads by ranges.
+    assert_eq!(
+        open(&mut nodes, id, &shown, by_ranges, false),
+        "ranges, keep true"
+    );
+    // Evicted, and by ranges again: a third, and direct for who cannot wait.
+    assert_eq!(open(&mut nodes, second, &shown, by_ranges, true), "direct");
+    assert_eq!(open(&mut nodes, second, &shown, by_ranges, false), "stale");
+    assert_eq!(nodes.enter(path(), &shown), MADE_UP + 2);
+    for (id, opens) in [(second, 2), (id, 3)] {
+        for left in (0..opens).rev() {
+            assert_eq!(nodes.close(id).is_some(), left == 0 && id == second);
+            assert_eq!(nodes.frozen(id).is_some(), left > 0);
+        }
+    }
+    assert!(nodes.close(id).is_none());
+}
+
+#[test]
+fn another_snapshot_or_version_is_another_node() {
+    let mut nodes = Nodes::new();
+    let (old, new) = (attr(7, 100, 1), attr(7, 90, 2));
+    let id = nodes.enter(path(), &old);
+    // The version that was opened is not the one that the kernel was told of.
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A), false), "stale");
+    assert_eq!(nodes.enter(path(), &new), id, "nobody has it open");
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A), false), "whole");
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(B), false), "stale");
+    let other = nodes.enter(path(), &new);
+    assert_ne!(other, id);
+    assert_eq!(
+        open(&mut nodes, other, &new, Wanted::Whole(B), false),
+        "whole"
+    );
+    // An open node shows what was opened, whatever came after.
+    let newer = attr(7, 5, 3);
+    assert!(nodes.show(id, &newer));
+    assert_eq!(nodes.frozen(id).unwrap().size, 90);
+    let newest = nodes.enter(path(), &newer);
+    assert!(newest != other && newest != id);
+    assert_eq!(nodes.frozen(newest), None);
+}
+
+#[test]
+fn pages_are_kept_only_of_one_edition() {
+    let mut nodes = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let version = Version::of_attr(&shown);
+    let id = nodes.enter(path(), &shown);
+    let mut reopen = |file: Option<u64>, taint: bool| {
+        let edition = match file {
+            Some(file) => edition(version, file),
+            None => Edition::uncertain_for_tests(version.size, version.modified),
+        };
+        let back = || Ok::<_, ()>(());
+        let admitted = nodes.admit(id, version, Wanted::Ranges(edition), false, back);
+        let Ok(Admission::Ranges { keep, tainted }) = admitted else {
+            panic!("not by ranges");
+        };
+        tainted.store(taint, Ordering::Release);
+        nodes.close(id);
+        keep
+    };
+    assert!(!reopen(Some(1), false));
+    assert!(reopen(Some(1), false));
+    assert!(!reopen(Some(2), false), "another cache file");
+    assert!(reopen(Some(2), true));
+    assert!(!reopen(Some(2), false), "a page was not certain");
+    assert!(!reopen(None, false), "no cache file");
+    assert!(!reopen(None, false), "nor then");
+    // What was whole in between leaves no pages that are known.
+    assert!(!reopen(Some(2), false));
+    assert_eq!(
+        open(&mut nodes, id, &shown, Wanted::Whole(A), false),
+        "whole"
+    );
+    nodes.close(id);
+    let again = Wanted::Ranges(edition(version, 2));
+    let kept = open(&mut nodes, id, &shown, again, false);
+    assert_eq!(kept, "ranges, keep false");
+}
+
+#[test]
+fn what_the_kernel_forgets_is_gone() {
+    let mut nodes: Nodes<()> = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let id = nodes.enter(path(), &shown);
+    assert_eq!(nodes.enter(path(), &shown), id);
+    nodes.forget(id, 1);
+    assert_eq!(nodes.path(id).as_deref(), Some(path()));
+    nodes.forget(id, 1);
+    nodes.forget(99, 1);
+    assert_eq!((nodes.len(), nodes.path(id)), (0, None));
+    assert!(nodes.current.is_empty());
+    assert_eq!(nodes.path(ROOT).as_deref(), Some(Path::new("")));
+    // A later file of the same number, at another path, beside one that is known.
+    let one = nodes.enter(Path::new("x"), &shown);
+    let other = nodes.enter(Path::new("y"), &shown);
+    assert!(one == 7 && other >= MADE_UP);
+    // A forgotten node does not take the path from its successor.
+    let folder = FileAttr {
+        kind: FileType::Directory,
+        ..shown
+    };
+    let successor = nodes.enter(Path::new("x"), &folder);
+    assert!(!nodes.show(one, &folder) && nodes.show(successor, &folder));
+    nodes.forget(one, 1);
+    assert_eq!(nodes.enter(Path::new("x"), &folder), successor);
+}
+
+#[test]
+fn a_backing_file_that_cannot_be_registered_opens_nothing() {
+    let mut nodes: Nodes<()> = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let id = nodes.enter(path(), &shown);
+    let version = Version::of_attr(&shown);
+    let failed = nodes.admit(id, version, Wanted::Whole(A), false, || Err("no"));
+    assert_eq!(failed.unwrap_err(), "no");
+    assert_eq!(nodes.frozen(id), None);
+    let time = Timestamp {
+        seconds: 1,
+        nanos: 0,
+    };
+    assert_eq!(version.modified, time);
+}

@@ -1,0 +1,205 @@
+//! What is open.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use fuser::FileType;
+
+use crate::BypassFile;
+use crate::reader::Edition;
+
+/// A clip that is read by ranges with cached pages: all that are read into them
+/// have to be of one version.
+pub(super) struct Paged {
+    pub(super) file: BypassFile,
+    pub(super) edition: Edition,
+    /// The file's generation up to which its bytes are known to be of the edition.
+    pub(super) generation: AtomicU64,
+    /// Shared by all that have the node open.
+    pub(super) tainted: Arc<AtomicBool>,
+}
+
+impl Paged {
+    /// Fills the buffer, which does not go beyond the end.
+    ///
+    /// # Errors
+    /// Those of the source; ESTALE where the clip has become another version.
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let n = self.file.read_at(buffer, offset)?;
+        self.check()?;
+        if n < buffer.len() {
+            // The kernel would take it for the end.
+            return Err(io::Error::from_raw_os_error(nix::libc::EIO));
+        }
+        Ok(())
+    }
+
+    /// Whether what was read just now was of the edition.
+    fn check(&self) -> io::Result<()> {
+        if self.edition.is_certain()
+            && self.file.generation() == self.generation.load(Ordering::Acquire)
+        {
+            return Ok(());
+        }
+        let (now, generation) = self.file.edition()?;
+        if now == self.edition && now.is_certain() {
+            self.generation.store(generation, Ordering::Release);
+            return Ok(());
+        }
+        // No later open is to find its pages.
+        self.tainted.store(true, Ordering::Release);
+        if now.is_same_version(&self.edition) {
+            return Ok(());
+        }
+        Err(io::Error::from_raw_os_error(nix::libc::ESTALE))
+    }
+}
+
+/// An entry of a folder.
+pub(super) struct Entry {
+    pub(super) name: OsString,
+    pub(super) ino: u64,
+    pub(super) kind: FileType,
+}
+
+/// An open file or folder.
+pub(super) enum Open {
+    /// Read by the kernel.
+    Whole,
+    Paged(Paged),
+    /// Read as asked for, each time.
+    Direct(BypassFile),
+    /// As it was listed when it was read from its start.
+    Folder(Mutex<Arc<[Entry]>>),
+}
+
+impl Open {
+    pub(super) fn file(&self) -> Option<&BypassFile> {
+        match self {
+            Self::Paged(paged) => Some(&paged.file),
+            Self::Direct(file) => Some(file),
+            Self::Whole | Self::Folder(_) => None,
+        }
+    }
+}
+
+/// All of it, by the numbers that the kernel was given.
+#[derive(Default)]
+pub(super) struct Opens {
+    next: AtomicU64,
+    all: RwLock<HashMap<u64, Arc<Open>>>,
+}
+
+impl Opens {
+    pub(super) fn add(&self, open: Open) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        all.insert(number, Arc::new(open));
+        number
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<Arc<Open>> {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        all.get(&number).cloned()
+    }
+
+    pub(super) fn remove(&self, number: u64) -> Option<Arc<Open>> {
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&number)
+    }
+
+    pub(super) fn list(&self) -> Vec<Arc<Open>> {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        all.values().cloned().collect()
+    }
+}
+
+/// Who was told to look a name up again, and does so once.
+#[derive(Default)]
+pub(super) struct Retries(Mutex<HashMap<(u32, Arc<Path>), Instant>>);
+
+/// The kernel comes back at once.
+const COMES_BACK_WITHIN: Duration = Duration::from_secs(1);
+/// Threads that have not come back are forgotten from so many on.
+const MANY: usize = 256;
+
+impl Retries {
+    /// Notes that a thread is told.
+    pub(super) fn add(&self, thread: u32, path: &Arc<Path>) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= MANY {
+            all.retain(|_, at| at.elapsed() < COMES_BACK_WITHIN);
+        }
+        all.insert((thread, Arc::clone(path)), Instant::now());
+    }
+
+    /// Whether a thread comes back.
+    pub(super) fn take(&self, thread: u32, path: &Arc<Path>) -> bool {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&(thread, Arc::clone(path)))
+            .is_some_and(|at| at.elapsed() < COMES_BACK_WITHIN)
+    }
+}
+
+/// Threads that may wait for a snapshot at once; others have to go on serving.
+pub(super) struct Seats {
+    free: AtomicU64,
+}
+
+/// One of them.
+pub(super) struct Seat<'a>(&'a Seats);
+
+impl Seats {
+    pub(super) fn new(seats: usize) -> Self {
+        Self {
+            free: AtomicU64::new(seats as u64),
+        }
+    }
+
+    /// `None` where all are taken.
+    pub(super) fn take(&self) -> Option<Seat<'_>> {
+        let take = |free: u64| free.checked_sub(1);
+        let order = Ordering::AcqRel;
+        self.free
+            .fetch_update(order, Ordering::Acquire, take)
+            .ok()
+            .map(|_| Seat(self))
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.free.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_comes_back_once() {
+        let retries = Retries::default();
+        let path: Arc<Path> = Path::new("a").into();
+        let other: Arc<Path> = Path::new("b").into();
+        assert!(!retries.take(1, &path));
+        retries.add(1, &path);
+        assert!(!retries.take(2, &path) && !retries.take(1, &other));
+        assert!(retries.take(1, &path));
+        assert!(!retries.take(1, &path));
+    }
+
+    #[test]
+    fn seats_are_given_back() {
+        let seats = Seats::new(1);
+        let seat = seats.take();
+        assert!(seat.is_some() && seats.take().is_none());
+        drop(seat);
+        assert!(seats.take().is_some());
+    }
+}
