@@ -8,6 +8,9 @@
 mod engine;
 mod gate;
 mod offsets;
+mod plan;
+#[cfg(feature = "mount")]
+mod remount;
 mod statistics;
 
 use std::fs::File;
@@ -19,80 +22,15 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 pub use gate::{Check, Gate, Verdict};
+pub use plan::{Engine, Pattern, Plan};
 pub use statistics::Percentiles;
 
 use crate::BypassOptions;
-use engine::Opened;
+use engine::{Opened, Ways};
 use offsets::random_offsets;
 
 /// Opens of one run, at most.
 const OPENS: usize = 50;
-
-/// A way to read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Engine {
-    /// read(2) and pread(2) through the rclone mount.
-    Fuse,
-    /// [`BypassFile`](crate::BypassFile).
-    Bypass,
-    /// The same, by the proof of a handover server.
-    Handover,
-    /// read(2) and pread(2) on the cache file, without any proof.
-    Raw,
-}
-
-impl Engine {
-    /// The contract's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fuse => "fuse",
-            Self::Bypass => "bypass",
-            Self::Handover => "handover",
-            Self::Raw => "raw",
-        }
-    }
-}
-
-/// In which order blocks are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pattern {
-    /// From start to end; a sample is the whole clip.
-    Sequential,
-    /// Whole blocks in a fixed random order, none twice; a sample is one read.
-    Random,
-    /// A sample is an open and the read of one block.
-    Open,
-}
-
-impl Pattern {
-    /// The contract's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Sequential => "sequential",
-            Self::Random => "random",
-            Self::Open => "open",
-        }
-    }
-}
-
-/// What to measure.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    /// Clips on an rclone mount, cached whole.
-    pub clips: Vec<PathBuf>,
-    /// Engines, without repetition.
-    pub engines: Vec<Engine>,
-    /// Patterns, without repetition.
-    pub patterns: Vec<Pattern>,
-    /// Bytes per read, each at least 1.
-    pub block_sizes: Vec<usize>,
-    /// Measured runs of each, at least 1.
-    pub runs: u32,
-    /// The handover server; `None`: the one that `VMAFX_BYPASS_SOCKET` names.
-    pub socket: Option<PathBuf>,
-}
 
 /// One engine's result for one clip, pattern and block size.
 #[derive(Debug, Clone, Serialize)]
@@ -122,7 +60,7 @@ pub struct Measurement {
     pub ratio_to_fuse: Option<f64>,
     /// The raw file's median over this one's: 1 is as fast.
     pub ratio_to_raw: Option<f64>,
-    /// Bytes that did not come from the cache, over all runs; of `bypass`.
+    /// Bytes that did not come from the cache, over all runs; of engines that tell.
     pub fuse_bytes: u64,
     /// Of the bytes read, in hexadecimal.
     pub sha256: String,
@@ -160,6 +98,16 @@ pub enum BenchError {
         /// Why.
         refusal: crate::Refusal,
     },
+    /// An engine cannot run here.
+    #[error("the engine {engine} cannot run for `{}`: {why}; leave it out of --engines", path.display())]
+    Engine {
+        /// The clip.
+        path: PathBuf,
+        /// Which.
+        engine: &'static str,
+        /// One line.
+        why: String,
+    },
     /// Two engines read different bytes.
     #[error("`{}`: {engine} read other bytes than {reference} ({pattern}, blocks of {block_size})", path.display())]
     Mismatch {
@@ -192,10 +140,12 @@ pub fn measure(
 ) -> Result<Vec<Measurement>, BenchError> {
     let mut results = Vec::new();
     for clip in &plan.clips {
+        let ways = Ways::open(clip, &plan.engines)?;
         for &pattern in &plan.patterns {
             for &block_size in &plan.block_sizes {
                 progress(clip, pattern, block_size);
-                let case = Case::new(clip, pattern, block_size, plan.socket.as_deref())?;
+                let options = engine::options(plan.socket.as_deref());
+                let case = Case::new(clip, pattern, block_size, &ways, options)?;
                 results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
             }
         }
@@ -211,6 +161,8 @@ struct Case<'a> {
     size: u64,
     /// Where random reads start.
     offsets: Vec<u64>,
+    /// Where engines that mount have mounted.
+    ways: &'a Ways,
     /// Which handover server is asked.
     options: BypassOptions,
 }
@@ -229,7 +181,8 @@ impl<'a> Case<'a> {
         clip: &'a Path,
         pattern: Pattern,
         block_size: usize,
-        socket: Option<&Path>,
+        ways: &'a Ways,
+        options: BypassOptions,
     ) -> Result<Self, BenchError> {
         let size = std::fs::metadata(clip)
             .map_err(|error| BenchError::Io {
@@ -248,17 +201,13 @@ impl<'a> Case<'a> {
         if pattern == Pattern::Open {
             offsets.truncate(OPENS);
         }
-        let options = BypassOptions::new();
-        let options = match socket {
-            Some(socket) => options.socket(socket),
-            None => options,
-        };
         Ok(Self {
             clip,
             pattern,
             block_size,
             size,
             offsets,
+            ways,
             options,
         })
     }
@@ -276,6 +225,7 @@ impl<'a> Case<'a> {
             }
             series.push(self.checksum(engine)?);
         }
+        let before: Vec<u64> = engines.iter().map(|e| self.ways.fuse_bytes(*e)).collect();
         if let Some((first, rest)) = series.split_first()
             && let Some(other) = rest.iter().find(|s| s.sha256 != first.sha256)
         {
@@ -298,6 +248,9 @@ impl<'a> Case<'a> {
                 self.run(&mut series[(run + turn) % count])?;
             }
         }
+        for (series, before) in series.iter_mut().zip(before) {
+            series.fuse_bytes += self.ways.fuse_bytes(series.engine) - before;
+        }
         Ok(self.results(series))
     }
 
@@ -308,9 +261,13 @@ impl<'a> Case<'a> {
         }
     }
 
+    fn open(&self, engine: Engine) -> Result<Opened, BenchError> {
+        Opened::open(engine, self.clip, self.ways, &self.options)
+    }
+
     /// Reads once as a run does, and hashes what was read.
     fn checksum(&self, engine: Engine) -> Result<Series, BenchError> {
-        let mut file = Opened::open(engine, self.clip, &self.options)?;
+        let mut file = self.open(engine)?;
         let mut hash = Sha256::new();
         self.read(&mut file, |bytes, _| hash.update(bytes))?;
         let mut sha256 = String::with_capacity(64);
@@ -336,7 +293,7 @@ impl<'a> Case<'a> {
             return self.open_and_read(series);
         }
         let opening = Instant::now();
-        let mut file = Opened::open(series.engine, self.clip, &self.options)?;
+        let mut file = self.open(series.engine)?;
         series.open_ns.push(opening.elapsed().as_nanos() as u64);
         let started = Instant::now();
         match self.pattern {
@@ -360,14 +317,14 @@ impl<'a> Case<'a> {
         // The raw file's path comes from a proof, which is not raw's to pay.
         let proven = match series.engine {
             Engine::Raw => Some(Opened::raw_path(self.clip)?),
-            Engine::Fuse | Engine::Bypass | Engine::Handover => None,
+            _ => None,
         };
         let mut block = vec![0; self.block_size];
         for &offset in &self.offsets {
             let started = Instant::now();
             let file = match &proven {
                 Some(path) => Opened::Plain(File::open(path).map_err(|e| self.io(e))?),
-                None => Opened::open(series.engine, self.clip, &self.options)?,
+                None => self.open(series.engine)?,
             };
             series.open_ns.push(started.elapsed().as_nanos() as u64);
             file.read_at(&mut block, offset).map_err(|e| self.io(e))?;

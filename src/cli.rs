@@ -299,6 +299,13 @@ pub enum Engine {
     Handover,
     /// pread(2) on the cache file, without any proof.
     Raw,
+    /// A mount of ours, the kernel reading from a reflink or copy.
+    #[cfg(feature = "mount")]
+    Mount,
+    /// A mount of ours, by proven ranges.
+    #[cfg(feature = "mount")]
+    #[value(name = "mount_ranges")]
+    MountRanges,
 }
 
 #[derive(Debug, Args)]

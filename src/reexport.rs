@@ -8,9 +8,11 @@
 
 mod attr;
 mod filesystem;
+mod folders;
 mod kernel;
 mod nodes;
 mod opens;
+mod shared;
 mod source;
 mod stats;
 mod xattr;
@@ -28,7 +30,8 @@ use crate::mounts::{Dev, MountTable};
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::{SnapshotMode, SnapshotOptions, Snapshots, has_reflinks};
 use crate::sys::kernel_version;
-use filesystem::{Reexport, Shared};
+use filesystem::Reexport;
+use shared::Shared;
 use source::Source;
 pub use stats::{Stats, Way};
 
@@ -242,18 +245,17 @@ impl Mounted {
 /// A folder's absolute path, without symlinks.
 fn folder(path: &Path) -> Result<PathBuf, Error> {
     let shown = path.display();
-    let found = fs::canonicalize(path).map_err(|e| match e.raw_os_error() {
+    let failed = |e: io::Error| match e.raw_os_error() {
         Some(nix::libc::ENOTCONN) => Error::Environment(format!(
-            "`{shown}`: {e}: whoever served it is gone; unmount it by `fusermount3 -u`"
+            "`{shown}`: {e}: who served it is gone; unmount it by `fusermount3 -u`"
         )),
         _ => Error::Usage(format!("`{shown}`: {e}")),
-    })?;
-    let is_folder = fs::metadata(&found).map(|m| m.is_dir());
-    match is_folder {
-        Ok(true) => Ok(found),
-        Ok(false) => Err(Error::Usage(format!("`{shown}` is no folder"))),
-        Err(e) => Err(Error::Environment(format!("`{shown}`: {e}"))),
+    };
+    let found = fs::canonicalize(path).map_err(failed)?;
+    if fs::metadata(&found).map_err(failed)?.is_dir() {
+        return Ok(found);
     }
+    Err(Error::Usage(format!("`{shown}` is no folder")))
 }
 
 fn check_options(options: &Options, source: &Path, point: &Path) -> Result<(), Error> {

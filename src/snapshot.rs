@@ -290,6 +290,7 @@ impl Snapshots {
 
 impl Snapshots {
     /// A copy, of huge pages if they were asked for and are to be had.
+    #[cfg_attr(not(feature = "mount"), allow(clippy::unused_self))]
     fn copy(&self, clip: &WholeClip) -> Result<OwnedFd, Refusal> {
         #[cfg(feature = "mount")]
         if let Some(folder) = &self.huge {

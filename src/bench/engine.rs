@@ -5,6 +5,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "mount")]
+use super::remount::Remount;
 use super::{BenchError, Engine};
 use crate::{BypassFile, BypassOptions};
 
@@ -14,10 +16,69 @@ pub(super) enum Opened {
     Bypass(Box<BypassFile>),
 }
 
+/// How an engine that asks a server does.
+pub(super) fn options(socket: Option<&Path>) -> BypassOptions {
+    let options = BypassOptions::new();
+    match socket {
+        Some(socket) => options.socket(socket),
+        None => options,
+    }
+}
+
+/// What engines need that mount: kept while a clip is measured.
+pub(super) struct Ways {
+    #[cfg(feature = "mount")]
+    remounts: Vec<(Engine, Remount)>,
+}
+
+#[cfg(feature = "mount")]
+impl Ways {
+    pub(super) fn open(clip: &Path, engines: &[Engine]) -> Result<Self, BenchError> {
+        let mounting = engines
+            .iter()
+            .filter(|engine| matches!(engine, Engine::Mount | Engine::MountRanges));
+        let remounts = mounting.map(|&engine| Ok((engine, Remount::of(clip, engine)?)));
+        Ok(Self {
+            remounts: remounts.collect::<Result<_, BenchError>>()?,
+        })
+    }
+
+    fn find(&self, engine: Engine) -> Option<&Remount> {
+        let found = self.remounts.iter().find(|(of, _)| *of == engine);
+        found.map(|(_, remount)| remount)
+    }
+
+    /// Bytes that a mount has read through FUSE.
+    pub(super) fn fuse_bytes(&self, engine: Engine) -> u64 {
+        self.find(engine).map_or(0, Remount::fuse_bytes)
+    }
+
+    /// Where an engine finds the clip.
+    fn path<'a>(&'a self, engine: Engine, clip: &'a Path) -> &'a Path {
+        self.find(engine).map_or(clip, Remount::clip)
+    }
+}
+
+#[cfg(not(feature = "mount"))]
+impl Ways {
+    // As with the feature, where it may fail.
+    #[allow(clippy::unnecessary_wraps)]
+    pub(super) fn open(_clip: &Path, _engines: &[Engine]) -> Result<Self, BenchError> {
+        Ok(Self {})
+    }
+
+    // As with the feature.
+    #[allow(clippy::unused_self)]
+    pub(super) fn fuse_bytes(&self, _engine: Engine) -> u64 {
+        0
+    }
+}
+
 impl Opened {
     pub(super) fn open(
         engine: Engine,
         clip: &Path,
+        #[cfg_attr(not(feature = "mount"), allow(unused))] ways: &Ways,
         options: &BypassOptions,
     ) -> Result<Self, BenchError> {
         let io = |error| BenchError::Io {
@@ -25,7 +86,6 @@ impl Opened {
             error,
         };
         match engine {
-            Engine::Fuse => File::open(clip).map(Self::Plain).map_err(io),
             Engine::Bypass | Engine::Handover => {
                 let options = match engine {
                     Engine::Handover => options.clone().socket_alone(),
@@ -37,6 +97,12 @@ impl Opened {
             Engine::Raw => File::open(Self::raw_path(clip)?)
                 .map(Self::Plain)
                 .map_err(io),
+            Engine::Fuse => File::open(clip).map(Self::Plain).map_err(io),
+            #[cfg(feature = "mount")]
+            Engine::Mount | Engine::MountRanges => {
+                let clip = ways.path(engine, clip);
+                File::open(clip).map(Self::Plain).map_err(io)
+            }
         }
     }
 

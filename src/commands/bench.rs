@@ -61,6 +61,9 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         Err(error @ BenchError::Mismatch { .. }) => {
             return Err(Coded::error(Exit::Mismatch, error.to_string()));
         }
+        Err(error @ BenchError::Engine { .. }) => {
+            return Err(Coded::error(Exit::Environment, error.to_string()));
+        }
         Err(error) => return Err(error.into()),
     };
     let verdict = (!gates.is_empty()).then(|| Verdict::of(&gates, &results));
@@ -122,6 +125,10 @@ fn plan(args: &BenchArgs) -> Plan {
         cli::Engine::Bypass => Engine::Bypass,
         cli::Engine::Handover => Engine::Handover,
         cli::Engine::Raw => Engine::Raw,
+        #[cfg(feature = "mount")]
+        cli::Engine::Mount => Engine::Mount,
+        #[cfg(feature = "mount")]
+        cli::Engine::MountRanges => Engine::MountRanges,
     });
     let patterns = args.pattern.iter().map(|pattern| match pattern {
         cli::Pattern::Sequential => Pattern::Sequential,

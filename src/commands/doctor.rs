@@ -138,7 +138,7 @@ fn on_rclone(prefix: &Path, table: &MountTable) -> CheckRow {
     };
     let (pass, detail) = match (&resolved, found) {
         (Err(error), _) => (false, format!("`{shown}`: {error}")),
-        (Ok(_), Some(mount)) if mount.is_rclone() => {
+        (Ok(_), Some(mount)) if mount.is_rclone() || mount.is_reexport() => {
             (true, format!("`{shown}` is on {}", escape(&mount.source)))
         }
         (Ok(_), mount) => {

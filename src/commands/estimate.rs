@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vmafx_bypass::cache::proof::check_mount;
 use vmafx_bypass::cache::rclone::{Estimate, Folders, Locator, estimate, mount_facts};
 use vmafx_bypass::cache::trail::Trail;
-use vmafx_bypass::mounts::Dev;
+use vmafx_bypass::mounts::{Dev, Mount, MountTable};
 use vmafx_bypass::{Reason, Refusal};
 
 /// How long a mount whose cache could not be located is left alone.
@@ -64,10 +64,7 @@ impl Estimator {
         }
         let found = Locator::with(|locator| {
             let table = locator.table();
-            let mounts = table.iter().filter(|m| m.dev == dev && m.is_rclone());
-            let (mount, inside) = mounts
-                .filter_map(|mount| Some((mount, mount.inside(path)?)))
-                .next_back()
+            let (mount, inside) = on_rclone(&table, dev, path)
                 .ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
             let (folders, facts) = if let Some(cache_dir) = &self.cache_dir {
                 // With the cache named, the daemon need not be found.
@@ -90,6 +87,22 @@ impl Estimator {
         }
         found
     }
+}
+
+/// The rclone mount that a path of a superblock is on, and where in it: by way of
+/// the folder that a mount of ours shows again, if it is on such a one.
+fn on_rclone<'a>(table: &'a MountTable, dev: Dev, path: &Path) -> Option<(&'a Mount, PathBuf)> {
+    let mounts = table.iter().filter(|mount| mount.dev == dev);
+    let (mount, inside) = mounts
+        .filter_map(|mount| Some((mount, mount.inside(path)?)))
+        .next_back()?;
+    if mount.is_rclone() {
+        return Some((mount, inside));
+    }
+    let source = mount.is_reexport().then(|| Path::new(&mount.source))?;
+    let source = source.join(inside);
+    let mount = table.containing(&source).filter(|m| m.is_rclone())?;
+    Some((mount, mount.inside(&source)?))
 }
 
 /// The contract's word for an estimate.

@@ -1,6 +1,7 @@
 //! `explain`: every gate between a file and the bypass, with evidence.
 
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -19,15 +20,37 @@ const MAX_ROWS: usize = 20;
 
 /// Explains one file.
 pub fn run(args: &ExplainArgs) -> Result<Exit> {
-    let explanation =
-        Explanation::of(&args.path).with_context(|| format!("`{}`", args.path.display()))?;
+    let shown = || format!("`{}`", args.path.display());
+    let source = source_of(&args.path).with_context(shown)?;
+    let path = source.as_deref().unwrap_or(&args.path);
+    let explanation = Explanation::of(path).with_context(shown)?;
+    // As it was given: on a mount of ours, which reads that clip.
+    let reexport = source.is_some().then_some(args.path.as_path());
     let mut out = io::stdout().lock();
     match args.format {
-        Format::Json => write_json(&mut out, &Document::new(&explanation))?,
-        Format::Text => write_text(&mut out, &explanation)?,
+        Format::Json => write_json(&mut out, &Document::new(&explanation, reexport))?,
+        Format::Text => {
+            if let Some(given) = reexport {
+                let given = escape(given.as_os_str());
+                writeln!(out, "{given} is on a mount of vmafx-bypass, which shows:")?;
+            }
+            write_text(&mut out, &explanation)?;
+        }
     }
     out.flush()?;
     Ok(Exit::Done)
+}
+
+#[cfg(feature = "mount")]
+fn source_of(path: &Path) -> io::Result<Option<PathBuf>> {
+    vmafx_bypass::reexport::source_of(path)
+}
+
+// As with the feature.
+#[cfg(not(feature = "mount"))]
+#[allow(clippy::unnecessary_wraps)]
+fn source_of(_: &Path) -> io::Result<Option<PathBuf>> {
+    Ok(None)
 }
 
 fn name(reason: Option<Reason>) -> &'static str {
@@ -46,6 +69,8 @@ struct Document {
     schema: u32,
     #[serde(flatten)]
     path: JsonPath,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reexport: Option<JsonPath>,
     state: &'static str,
     size: u64,
     cached_bytes: u64,
@@ -70,7 +95,7 @@ struct RangeRow {
 }
 
 impl Document {
-    fn new(explanation: &Explanation) -> Self {
+    fn new(explanation: &Explanation, reexport: Option<&Path>) -> Self {
         let ranges = explanation.ranges.iter().map(|(span, reason)| RangeRow {
             start: span.start,
             end: span.end,
@@ -79,6 +104,7 @@ impl Document {
         Self {
             schema: SCHEMA,
             path: JsonPath::new(Some(&explanation.path)),
+            reexport: reexport.map(|path| JsonPath::new(Some(path))),
             state: state(explanation),
             size: explanation.size,
             cached_bytes: explanation.cached_bytes(),

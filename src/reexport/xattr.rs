@@ -2,11 +2,9 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::io::Errno;
-
-use super::filesystem::proc_path;
 
 /// The largest value and list that there are (include/uapi/linux/limits.h).
 const MAX: usize = 64 << 10;
@@ -34,6 +32,12 @@ impl Own {
             _ => None,
         }
     }
+}
+
+/// What an O_PATH descriptor refers to, by its name in /proc: the calls for
+/// extended attributes do not take such descriptors.
+fn proc_path(file: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
 /// A value that the source has.

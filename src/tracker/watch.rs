@@ -119,7 +119,7 @@ impl Prefix {
         let mount = table.containing(&resolved);
         let fstype = |m: Option<&Mount>| m.map_or_else(String::new, |m| m.fstype.clone());
         match mount {
-            Some(mount) if mount.is_rclone() => Ok(Watch {
+            Some(mount) if mount.is_rclone() || mount.is_reexport() => Ok(Watch {
                 inside: mount.inside(&resolved).unwrap_or_default(),
                 prefix: resolved,
                 mount: mount.clone(),

@@ -115,7 +115,7 @@ impl<'a> Report<'a> {
             let open = vmafx_bypass::bench::Percentiles::of(&row.open_ns).p50_ns;
             let to_raw = match row.engine {
                 Engine::Fuse => 3,
-                Engine::Bypass | Engine::Handover | Engine::Raw => 2,
+                _ => 2,
             };
             writeln!(
                 out,
