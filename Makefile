@@ -31,9 +31,9 @@ demo: setup build ## show all of it on an rclone mount that it starts itself
 	scripts/demo.sh $(BIN)
 
 test: setup lint doc ## set up, and run every test; as root
-	cargo test --locked
-	cargo test --locked --no-default-features --lib --bins --test cli
-	cargo test --locked -p vmafx-bypass-capi
+	scripts/test.py --locked
+	scripts/test.py --locked --no-default-features --lib --bins --test cli
+	scripts/test.py --locked -p vmafx-bypass-capi
 
 test-vm: setup ## run tests under Debian's kernels, in QEMU: KERNEL=6.12 for one
 	scripts/vm/run.py $(KERNEL)
