@@ -5,7 +5,7 @@
 #   clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev   the build
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
-#   python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3
+#   python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3 rsync
 #   openssh-client openssh-sftp-server                          the tests
 #   g++ binutils valgrind golang-go                             the tests of the library for C
 #   qemu-system-x86 busybox-static cpio                         make test-vm
@@ -19,7 +19,7 @@ packages=(
     clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev
     rclone fuse3
     ffmpeg
-    python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3
+    python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3 rsync
     openssh-client openssh-sftp-server
     g++ binutils valgrind golang-go
     qemu-system-x86 busybox-static cpio

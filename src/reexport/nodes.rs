@@ -20,7 +20,9 @@ use crate::reader::Edition;
 /// The root's number, which the kernel has from the start.
 pub(super) const ROOT: u64 = 1;
 /// Numbers from here on are made up.
-const MADE_UP: u64 = 1 << 63;
+///
+/// rclone makes its own by hashing paths, to all of 64 bits: few come to be here.
+const MADE_UP: u64 = u64::MAX << 40;
 
 /// A whole clip's snapshot: its device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -51,12 +51,8 @@ pub(super) fn get(file: OwnedFd, name: &OsStr) -> io::Result<Vec<u8>> {
 /// The names that the source has, each ended by a NUL.
 pub(super) fn list(file: OwnedFd) -> io::Result<Vec<u8>> {
     let mut names = vec![0; MAX];
-    match rustix::fs::listxattr(proc_path(&file), &mut names[..]) {
-        Ok(length) => names.truncate(length),
-        // To have none is what most would expect of it.
-        Err(Errno::NOTSUP | Errno::NOSYS) => names.clear(),
-        Err(e) => return Err(e.into()),
-    }
+    let listed = rustix::fs::listxattr(proc_path(&file), &mut names[..]);
+    names.truncate(listed.map_err(unsupported)?);
     Ok(names)
 }
 
