@@ -247,6 +247,11 @@ fn signals_to_exec_reach_the_command() {
     // It may be stopped together with its command, and go on with it.
     send(child.id(), Signal::SIGTSTP);
     assert_eq!(line(&mut child), "20");
+    // Else the stop below would be taken for the answer to that one, and undone;
+    // of two signals that wait, the lower number comes first.
+    send(child.id(), Signal::SIGCONT);
+    send(child.id(), Signal::SIGWINCH);
+    assert_eq!(line(&mut child), "28");
     let command = child_called(child.id(), "python3");
     let state = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
