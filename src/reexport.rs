@@ -26,7 +26,7 @@ use std::sync::Arc;
 use fuser::{Config, Session, SessionACL};
 
 use crate::cache::rclone::Locator;
-use crate::mounts::{Dev, MountTable};
+use crate::mounts::MountTable;
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::{SnapshotMode, SnapshotOptions, Snapshots, has_reflinks};
 use crate::sys::kernel_version;
@@ -94,14 +94,14 @@ pub struct Mounted {
     shared: Arc<Shared>,
     source: PathBuf,
     point: PathBuf,
-    dev: Dev,
+    end: Unmounter,
     refusal: Option<Refusal>,
 }
 
 /// Ends a mount from another thread.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Unmounter {
-    dev: Dev,
+    place: kernel::Place,
 }
 
 /// The counts of a mount, from another thread.
@@ -123,9 +123,9 @@ impl Unmounter {
     /// # Errors
     /// Those of umount(2), or of fusermount3.
     pub fn unmount(&self) -> io::Result<bool> {
-        match kernel::unmount(self.dev, false) {
+        match self.place.unmount(false) {
             Ok(()) => Ok(false),
-            Err(_) => kernel::unmount(self.dev, true).map(|()| true),
+            Err(_) => self.place.unmount(true).map(|()| true),
         }
     }
 }
@@ -161,8 +161,9 @@ impl Mounted {
             let point = point.display();
             Error::Failed(format!("`{point}`: {what}"))
         };
-        let dev = kernel::mounted_at(&point).ok_or_else(|| failed("was unmounted at once"))?;
-        let end = Unmounter { dev };
+        let place = kernel::Place::at(&point).ok_or_else(|| failed("was unmounted at once"))?;
+        let dev = place.dev();
+        let end = Unmounter { place };
         let acl = if options.allow_other {
             SessionACL::All
         } else {
@@ -190,7 +191,7 @@ impl Mounted {
             shared,
             source,
             point,
-            dev,
+            end,
             refusal,
         })
     }
@@ -217,7 +218,7 @@ impl Mounted {
     /// To end it.
     #[must_use]
     pub fn unmounter(&self) -> Unmounter {
-        Unmounter { dev: self.dev }
+        self.end.clone()
     }
 
     /// To look at its counts while it is served.
@@ -231,13 +232,14 @@ impl Mounted {
     /// # Errors
     /// Where the kernel's requests cannot be read; the mount is then gone.
     pub fn serve(self) -> Result<Stats, Error> {
-        let (point, end) = (self.point, Unmounter { dev: self.dev });
-        let served = self.session.run();
-        // Served no more, it would be there and dead.
-        let _ = end.unmount();
-        match served {
+        match self.session.run() {
             Ok(()) => Ok(self.shared.stats()),
-            Err(e) => Err(Error::Failed(format!("`{}`: {e}", point.display()))),
+            Err(e) => {
+                // Served no more, it would be there and dead.
+                let _ = self.end.unmount();
+                let point = self.point.display();
+                Err(Error::Failed(format!("`{point}`: {e}")))
+            }
         }
     }
 }

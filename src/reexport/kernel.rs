@@ -9,7 +9,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, MsFlags, mount as mount_call, umount2};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
+use super::source::unique_mount_id;
 use crate::mounts::{Dev, MountTable};
 
 /// The mount options that are flags of mount(2).
@@ -144,25 +145,64 @@ fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
     descriptor.ok_or_else(|| io::Error::other("fusermount3 gave no device"))
 }
 
-/// The superblock that was mounted last at a path, if it is one of ours.
-pub(super) fn mounted_at(point: &Path) -> Option<Dev> {
-    let table = MountTable::read().ok()?;
-    let last = table.iter().rfind(|m| m.point == point)?;
-    last.is_reexport().then_some(last.dev)
+/// One mount, told from all that come after it: device numbers are used again as
+/// soon as they are free.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    dev: Dev,
+    point: PathBuf,
+    /// `None` before Linux 6.8.
+    id: Option<u64>,
 }
 
-/// Unmounts a superblock of ours, wherever it is the last; `lazily` also while
-/// files are open on it.
-pub(super) fn unmount(dev: Dev, lazily: bool) -> io::Result<()> {
-    let table = MountTable::read()?;
-    let mut points: Vec<_> = table.iter().filter(|m| m.dev == dev).collect();
-    points.reverse();
-    for mount in points {
-        if mounted_at(&mount.point) == Some(dev) {
-            unmount_at(&mount.point, lazily)?;
+impl Place {
+    /// What was mounted last at a path, if it is one of ours.
+    pub(super) fn at(point: &Path) -> Option<Self> {
+        let table = MountTable::read().ok()?;
+        let last = table.iter().rfind(|m| m.point == point)?;
+        last.is_reexport().then(|| Self {
+            dev: last.dev,
+            point: point.to_path_buf(),
+            id: mount_id(point),
+        })
+    }
+
+    pub(super) fn dev(&self) -> Dev {
+        self.dev
+    }
+
+    /// Unmounts it, and what is bound to it elsewhere; `lazily` also while files
+    /// are open.
+    pub(super) fn unmount(&self, lazily: bool) -> io::Result<()> {
+        let table = MountTable::read()?;
+        let ours = table
+            .iter()
+            .filter(|m| m.is_reexport() && m.dev == self.dev);
+        let mut points: Vec<_> = ours.map(|m| m.point.as_path()).collect();
+        points.reverse();
+        if !points.iter().any(|point| self.is_at(point)) {
+            return Ok(());
+        }
+        for point in points {
+            if Self::at(point).is_some_and(|last| last.dev == self.dev) {
+                unmount_at(point, lazily)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_at(&self, point: &Path) -> bool {
+        match self.id {
+            Some(id) => mount_id(point) == Some(id),
+            None => self.point == point,
         }
     }
-    Ok(())
+}
+
+fn mount_id(point: &Path) -> Option<u64> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = rustix::fs::open(point, flags, Mode::empty()).ok()?;
+    unique_mount_id(root).ok()?
 }
 
 fn unmount_at(point: &Path, lazily: bool) -> io::Result<()> {
@@ -228,7 +268,7 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_is_not_found() {
-        assert_eq!(mounted_at(Path::new("/")), None);
-        assert_eq!(mounted_at(Path::new("/no/such")), None);
+        assert!(Place::at(Path::new("/")).is_none());
+        assert!(Place::at(Path::new("/no/such")).is_none());
     }
 }

@@ -56,10 +56,7 @@ impl Source {
     /// The table is looked at for a mount that is new, and before Linux 6.8, where
     /// ids come again, each time.
     fn check_mount(&self, root: impl AsFd) -> io::Result<()> {
-        let unique = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
-        let stat = statx(&root, unique)?;
-        let has_unique = StatxFlags::from_bits_retain(stat.stx_mask).contains(unique);
-        let id = if has_unique { stat.stx_mnt_id } else { NONE };
+        let id = unique_mount_id(&root)?.unwrap_or(NONE);
         if id == NONE || self.mount.load(Ordering::Relaxed) != id {
             Self::mount_of(root)?;
             self.mount.store(id, Ordering::Relaxed);
@@ -123,6 +120,15 @@ impl Source {
         }
         Err(Errno::AGAIN.into())
     }
+}
+
+/// The id of the mount that a file is on, which no other gets; `None` before
+/// Linux 6.8.
+pub(super) fn unique_mount_id(file: impl AsFd) -> io::Result<Option<u64>> {
+    let unique = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+    let stat = statx(file, unique)?;
+    let is_unique = StatxFlags::from_bits_retain(stat.stx_mask).contains(unique);
+    Ok(is_unique.then_some(stat.stx_mnt_id))
 }
 
 /// Asks the kernel alone.
