@@ -208,7 +208,8 @@ fn it_outlives_its_source_and_finds_it_again() {
             }
             drop(held);
             let stats = shown.end();
-            assert!(stats["opens"].as_object().unwrap().len() == 1, "{stats}");
+            let way = if args == PASSED { "copy" } else { "ranges" };
+            assert!(stats["opens"][way].as_u64() >= Some(2), "{stats}");
         }
     }
 }
