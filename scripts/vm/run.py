@@ -229,6 +229,8 @@ def main():
         sys.exit(f"vm: no kernel {', '.join(unknown)}; there are {', '.join(names)}")
     if arguments.kernels:
         rows = [row for row in rows if row["name"] in arguments.kernels]
+    if TARGET.startswith("/tmp/"):
+        sys.exit(f"vm: `{TARGET}`: guests have a /tmp of their own; build elsewhere")
     os.makedirs(VM, exist_ok=True)
     root = f"{VM}/root.cpio"
     if os.path.exists(root):
