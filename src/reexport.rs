@@ -27,6 +27,7 @@ use fuser::{Config, Session, SessionACL};
 
 use crate::cache::rclone::Locator;
 use crate::mounts::MountTable;
+use crate::optin::{self, OptIn};
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::{SnapshotMode, SnapshotOptions, Snapshots, has_reflinks};
 use crate::sys::kernel_version;
@@ -179,11 +180,12 @@ impl Mounted {
         })?;
         if refusal.is_none() && !shared.passes() {
             let detail = "the kernel's fuse has no passthrough: CONFIG_FUSE_PASSTHROUGH is not set";
-            refusal = Some(Refusal::new(Reason::Unsupported, detail));
+            let found = Refusal::new(Reason::Unsupported, detail);
             if options.passthrough == Passthrough::Require {
                 let _ = end.unmount();
-                return Err(required(refusal.as_ref()));
+                return Err(required(&found));
             }
+            refusal = Some(found);
         }
         kernel::set_read_ahead(dev, READ_AHEAD_KIB);
         Ok(Self {
@@ -294,22 +296,23 @@ fn check_options(options: &Options, source: &Path, point: &Path) -> Result<(), E
 
 /// Why the kernel cannot read clips by itself.
 fn why_not(options: &Options, source: &Path) -> Result<Option<Refusal>, Error> {
-    if options.passthrough == Passthrough::Never {
-        let detail = "--passthrough never";
-        return Ok(Some(Refusal::new(Reason::Disabled, detail)));
-    }
-    match check_passthrough(options.snapshots.mode, source) {
-        Err(refusal) if options.passthrough == Passthrough::Require => {
-            Err(required(Some(&refusal)))
-        }
+    let disabled = |detail: &str| Err(Refusal::new(Reason::Disabled, detail));
+    let found = if optin::from_env() == OptIn::Killed {
+        disabled(&format!("{}=0", optin::VARIABLE))
+    } else if options.passthrough == Passthrough::Never {
+        disabled("--passthrough never")
+    } else {
+        check_passthrough(options.snapshots.mode, source)
+    };
+    match found {
+        Err(refusal) if options.passthrough == Passthrough::Require => Err(required(&refusal)),
         found => Ok(found.err()),
     }
 }
 
-fn required(refusal: Option<&Refusal>) -> Error {
-    let why = refusal.map(ToString::to_string).unwrap_or_default();
+fn required(refusal: &Refusal) -> Error {
     Error::Environment(format!(
-        "--passthrough require: {why}; without it clips are read by proven ranges"
+        "--passthrough require: {refusal}; without `require` clips are read in other ways"
     ))
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
@@ -11,6 +11,9 @@ use crate::exit::Exit;
 /// How long a command that has nothing to show for it may take to clean up before
 /// the process ends without.
 const GRACE: Duration = Duration::from_secs(5);
+/// A signal that follows so soon is the same one: timeout(1) sends it to the
+/// process and to its group.
+const SAME: Duration = Duration::from_millis(200);
 
 /// Signals that are blocked and wait to be taken.
 pub struct Signals {
@@ -42,10 +45,11 @@ impl Signals {
             .name("vmafx-signals".into())
             .spawn(move || {
                 let Ok(signal) = self.set.wait() else { return };
+                let first = Instant::now();
                 flag.0.signal.store(signal as u8, Ordering::SeqCst);
-                on_signal();
                 let late = flag.clone();
                 std::thread::spawn(move || {
+                    on_signal();
                     let mut before = None;
                     loop {
                         let now = late.0.progress.load(Ordering::SeqCst);
@@ -55,8 +59,10 @@ impl Signals {
                         std::thread::sleep(GRACE);
                     }
                 });
-                if let Ok(second) = self.set.wait() {
-                    std::process::exit(flag.code(second));
+                while let Ok(second) = self.set.wait() {
+                    if first.elapsed() >= SAME {
+                        std::process::exit(flag.code(second));
+                    }
                 }
             });
         if spawned.is_err() {

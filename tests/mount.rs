@@ -336,6 +336,8 @@ fn the_kill_switch_leaves_all_to_fuse() {
     let shown = Reexport::start_by(&rig.mountpoint(), RANGES, |command| {
         command.env("VMAFX_EBPF_BYPASS", "0");
     });
+    assert_eq!(shown.mounted["reason"], "disabled");
+    assert_eq!(shown.mounted["detail"], "VMAFX_EBPF_BYPASS=0");
     for (name, _) in WHOLE {
         assert!(fs::read(shown.join(name)).unwrap() == bytes_of(name));
     }

@@ -125,6 +125,13 @@ fn signals_unmount_also_what_is_in_use() {
             assert_eq!(summary["event"], "summary", "{summary}");
             assert!(!shown.is_mounted());
         }
+        // timeout(1) tells both the process and its group: that is one signal.
+        let mut shown = Reexport::start(&rig.mountpoint(), args);
+        shown.signal(Signal::SIGINT);
+        shown.signal(Signal::SIGTERM);
+        let (status, summary) = shown.wait();
+        assert_eq!(status.code(), Some(0));
+        assert_eq!(summary["event"], "summary", "{summary}");
         // One has a clip open, and may go on for a second.
         let mut shown = Reexport::start(&rig.mountpoint(), args);
         let held = File::open(shown.join(CLIP)).unwrap();

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
+use vmafx_bypass::optin::{self, OptIn};
 use vmafx_bypass::reexport::{self, Error, Mounted, Options, Stats};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 
@@ -100,8 +101,9 @@ fn serve(args: &MountArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         && !args.background
     {
         notes.note(format_args!(
-            "note: `{}`: clips are read by proven ranges: {refusal}",
-            mounted.mountpoint().display()
+            "note: `{}`: clips are read {}: {refusal}",
+            mounted.mountpoint().display(),
+            ways(&mounted)
         ));
     }
     // Nobody may listen, which changes nothing.
@@ -175,6 +177,17 @@ fn say_and_detach() -> Result<()> {
     Ok(())
 }
 
+/// By which ways clips are read.
+fn ways(mounted: &Mounted) -> &'static str {
+    if optin::from_env() == OptIn::Killed {
+        "through fuse alone"
+    } else if mounted.refusal().is_some() {
+        "by proven ranges"
+    } else {
+        "by passthrough where whole, else by proven ranges"
+    }
+}
+
 /// How it is told.
 struct Told {
     format: Format,
@@ -185,7 +198,6 @@ struct Told {
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Event<'a> {
     Mounted {
-        schema: u32,
         source: JsonPath,
         mountpoint: JsonPath,
         passthrough: bool,
@@ -205,8 +217,9 @@ impl Told {
         let mut out = io::stdout().lock();
         match self.format {
             Format::Json => {
+                let begin = serde_json::json!({"schema": SCHEMA, "stream": "mount"});
+                write_json(&mut out, &begin)?;
                 let event = Event::Mounted {
-                    schema: SCHEMA,
                     source: JsonPath::new(Some(source)),
                     mountpoint: JsonPath::new(Some(point)),
                     passthrough: refusal.is_none(),
@@ -216,10 +229,7 @@ impl Told {
                 write_json(&mut out, &event)?;
             }
             Format::Text => {
-                let way = match refusal {
-                    None => "passthrough for whole clips, proven ranges for others",
-                    Some(_) => "proven ranges",
-                };
+                let way = ways(mounted);
                 let (source, point) = (source.display(), point.display());
                 writeln!(out, "`{source}` is mounted at `{point}`: {way}")?;
             }

@@ -53,9 +53,13 @@ impl Reexport {
         change(&mut command);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        lines.read_line(&mut line).unwrap();
-        let mounted: Value = serde_json::from_str(&line).expect("it must mount");
+        let mut next = || -> Value {
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            serde_json::from_str(&line).expect("it must mount")
+        };
+        assert_eq!(next(), serde_json::json!({"schema": 1, "stream": "mount"}));
+        let mounted = next();
         assert_eq!(mounted["event"], "mounted", "{mounted}");
         Self {
             child,
