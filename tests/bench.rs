@@ -58,6 +58,42 @@ fn all_engines_agree_and_are_compared() {
     assert_eq!(report["gate"]["checks"].as_array().unwrap().len(), 1);
 }
 
+#[cfg(feature = "mount")]
+#[test]
+fn mounts_of_its_own_are_compared_and_unmounted() {
+    need_root();
+    let mut args = SMALL.to_vec();
+    args.push("--engines=fuse,mount,mount_ranges,raw");
+    args.remove(6);
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.len(), 4 * 2 * 2);
+    let of = |engine: &str| {
+        let found = results.iter().filter(|result| result["engine"] == engine);
+        found.cloned().collect::<Vec<_>>()
+    };
+    for engine in ["mount", "mount_ranges"] {
+        for (result, raw) in of(engine).iter().zip(of("raw")) {
+            assert_eq!(result["fuse_bytes"], 0, "{result}");
+            assert_eq!(result["sha256"], raw["sha256"]);
+        }
+    }
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let clip = report["environment"]["clips"][0]["path"].as_str().unwrap();
+    let source = clip.strip_suffix("/clip.y4m").unwrap();
+    assert!(!table.contains(source), "{table}");
+
+    // Bench itself works with the kill switch; a mount would not.
+    let killed = program()
+        .env("VMAFX_EBPF_BYPASS", "0")
+        .args(&args)
+        .output()
+        .unwrap();
+    assert_fails(&killed, 3, "VMAFX_EBPF_BYPASS=0");
+}
+
 #[test]
 fn a_missed_gate_exits_with_5_and_names_the_figure() {
     need_root();

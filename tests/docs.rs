@@ -34,6 +34,10 @@ const TESTS: &str = concat!(
     include_str!("exec_changes.rs"),
     include_str!("exec_fill.rs"),
     include_str!("exec_handover.rs"),
+    include_str!("mount.rs"),
+    include_str!("mount_changes.rs"),
+    include_str!("mount_kernel.rs"),
+    include_str!("mount_life.rs"),
     include_str!("torture/main.rs"),
 );
 

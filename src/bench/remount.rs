@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use tempfile::TempDir;
 
 use super::{BenchError, Engine};
+use crate::optin::{self, OptIn};
 use crate::reexport::{Error, Mounted, Options, Passthrough, Stats, THREADS, Unmounter, Watch};
 use crate::snapshot::{SnapshotMode, SnapshotOptions};
 
@@ -30,6 +31,10 @@ impl Remount {
             engine: engine.name(),
             why,
         };
+        if optin::from_env() == OptIn::Killed {
+            let variable = optin::VARIABLE;
+            return Err(refused(format!("{variable}=0 sends mounts through fuse")));
+        }
         let io = |error| BenchError::Io {
             path: clip.into(),
             error,

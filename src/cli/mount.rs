@@ -25,7 +25,7 @@ pub struct MountArgs {
     /// Memory for copies, at most.
     #[arg(long, default_value = "4GiB", value_name = "SIZE")]
     pub copy_budget: Size,
-    /// Let other users in, as far as owners and modes allow; root may always.
+    /// Let other users in, as far as owners and modes allow.
     #[arg(long)]
     pub allow_other: bool,
     /// Threads that serve: each may wait for rclone.
