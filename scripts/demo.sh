@@ -93,6 +93,25 @@ echo "$past"
 [ "$past" = "$sum" ] || { echo "demo: checksums differ" >&2; exit 4; }
 echo "equal to what FUSE gave"
 
+step "mount: the same clips at another place, for programs as they are"
+mkdir "$work/clips"
+show "vmafx-bypass mount --snapshot copy -f $work/mount $work/clips &"
+"$bin" -q mount --snapshot copy -f "$work/mount" "$work/clips" >"$work/shown.log" &
+shown=$!
+pids+=("$shown")
+await "mounting" grep -q "is mounted" "$work/shown.log"
+cat "$work/shown.log"
+TIMEFORMAT='%3R s'
+for way in "on rclone's mount:$work/mount" "here, the first time:$work/clips" \
+    "here, again:$work/clips"; do
+    show "time ffmpeg -i ${way#*:}/clip.y4m -f null -    # ${way%%:*}"
+    time ffmpeg -v error -i "${way#*:}/clip.y4m" -f null -
+done
+again=$(sha256sum <"$work/clips/clip.y4m" | cut -d' ' -f1)
+[ "$again" = "$sum" ] || { echo "demo: checksums differ" >&2; exit 4; }
+kill -TERM "$shown"
+wait "$shown"
+
 step "bench: how much faster?"
 show "vmafx-bypass bench clip.y4m --block-size 4KiB,64KiB --runs 5"
 "$bin" bench "$clip" --block-size 4KiB,64KiB --runs 5
