@@ -161,7 +161,7 @@ fn one_number_that_two_threads_replace_at_once_is_right_each_time() {
     let other = File::open("/dev/null").unwrap();
     let tracker = Tracker::start(TrackerOptions::new(rig.mountpoint())).unwrap();
     // From at once to long after the other thread, however slow its start: each
-    // of the two is the last in some rounds, on one emulated core as well.
+    // of the two is the last in some rounds.
     let spin = |step: u32| (0..1 << (step % 16)).for_each(|_| std::hint::spin_loop());
     // Standard input, which no test reads: the one number to replace safely.
     dup2_stdin(&other).unwrap();
@@ -191,6 +191,10 @@ fn one_number_that_two_threads_replace_at_once_is_right_each_time() {
             rounds += 1;
             turn.store(2 * rounds - 1, Ordering::SeqCst);
             spin(rounds);
+            if rounds % 4 == 0 {
+                // On one core the other thread has no turn else.
+                std::thread::yield_now();
+            }
             dup2_stdin(&other).unwrap();
             while turn.load(Ordering::SeqCst) < 2 * rounds {
                 std::hint::spin_loop();
