@@ -95,8 +95,18 @@ pub struct Mounted {
     shared: Arc<Shared>,
     source: PathBuf,
     point: PathBuf,
-    end: Unmounter,
+    /// Dropped, it unmounts: served no more, the mount would be there and dead.
+    end: Ends,
     refusal: Option<Refusal>,
+}
+
+struct Ends(Unmounter);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        // Gone already, in most cases.
+        let _ = self.0.unmount();
+    }
 }
 
 /// Ends a mount from another thread.
@@ -141,6 +151,7 @@ impl Mounted {
     pub fn mount(options: &Options) -> Result<Self, Error> {
         let source = folder(&options.source)?;
         let point = folder(&options.mountpoint)?;
+        let reserved = kernel::reserve(&point).map_err(|e| cannot_mount(&point, &e))?;
         check_options(options, &source, &point)?;
         let mut refusal = why_not(options, &source)?;
         let snapshots = refusal
@@ -163,8 +174,9 @@ impl Mounted {
             Error::Failed(format!("`{point}`: {what}"))
         };
         let place = kernel::Place::at(&point).ok_or_else(|| failed("was unmounted at once"))?;
+        drop(reserved);
         let dev = place.dev();
-        let end = Unmounter { place };
+        let end = Ends(Unmounter { place });
         let acl = if options.allow_other {
             SessionACL::All
         } else {
@@ -174,15 +186,12 @@ impl Mounted {
         config.acl = acl;
         config.n_threads = Some(options.threads);
         let reexport = Reexport(Arc::clone(&shared));
-        let session = Session::from_fd(reexport, device, acl, config).map_err(|e| {
-            let _ = end.unmount();
-            failed(&format!("the kernel's first request: {e}"))
-        })?;
+        let session = Session::from_fd(reexport, device, acl, config)
+            .map_err(|e| failed(&format!("the kernel's first request: {e}")))?;
         if refusal.is_none() && !shared.passes() {
             let detail = "the kernel's fuse has no passthrough: CONFIG_FUSE_PASSTHROUGH is not set";
             let found = Refusal::new(Reason::Unsupported, detail);
             if options.passthrough == Passthrough::Require {
-                let _ = end.unmount();
                 return Err(required(&found));
             }
             refusal = Some(found);
@@ -220,7 +229,7 @@ impl Mounted {
     /// To end it.
     #[must_use]
     pub fn unmounter(&self) -> Unmounter {
-        self.end.clone()
+        self.end.0.clone()
     }
 
     /// To look at its counts while it is served.
@@ -232,17 +241,16 @@ impl Mounted {
     /// Serves until it is unmounted and nobody has a file open on it any more.
     ///
     /// # Errors
-    /// Where the kernel's requests cannot be read; the mount is then gone.
+    /// Where the kernel's requests cannot be read, or somebody aborts the
+    /// connection; the mount is then gone.
     pub fn serve(self) -> Result<Stats, Error> {
-        match self.session.run() {
-            Ok(()) => Ok(self.shared.stats()),
-            Err(e) => {
-                // Served no more, it would be there and dead.
-                let _ = self.end.unmount();
-                let point = self.point.display();
-                Err(Error::Failed(format!("`{point}`: {e}")))
-            }
+        let failed = |what: String| Error::Failed(format!("`{}`: {what}", self.point.display()));
+        self.session.run().map_err(|e| failed(e.to_string()))?;
+        if self.end.0.place.is_mounted().unwrap_or(false) {
+            let what = "its connection was aborted; unmounted: start it anew";
+            return Err(failed(what.to_owned()));
         }
+        Ok(self.shared.stats())
     }
 }
 
@@ -264,10 +272,9 @@ fn folder(path: &Path) -> Result<PathBuf, Error> {
 
 fn check_options(options: &Options, source: &Path, point: &Path) -> Result<(), Error> {
     let usage = |text: String| Err(Error::Usage(text));
-    if let Some(name) = options.options.iter().find_map(|o| kernel::refused(o)) {
-        return usage(format!(
-            "-o {name} cannot be had: the mount is read-only, nosuid and nodev"
-        ));
+    let refused = |o: &String| kernel::refused(o).map(|why| format!("-o {o}: {why}"));
+    if let Some(text) = options.options.iter().find_map(refused) {
+        return usage(text);
     }
     if options.threads < 2 {
         return usage("--threads: at least 2".into());
@@ -361,6 +368,7 @@ fn cannot_mount(point: &Path, error: &io::Error) -> Error {
         Some(nix::libc::ENOENT) => ": is the fuse module loaded? try `modprobe fuse`",
         Some(nix::libc::EINVAL) => ": the kernel does not know an option given by -o",
         Some(nix::libc::EACCES) => ": it is not yours",
+        Some(nix::libc::EWOULDBLOCK) => ": another process mounts there at the moment",
         _ => "",
     };
     let text = format!("`{point}`: mounting failed: {error}{what}");

@@ -31,6 +31,14 @@ impl Signals {
         Self { set, before }
     }
 
+    /// Blocks and takes some more; before any thread is started.
+    #[cfg(feature = "mount")]
+    pub fn also(&mut self, signals: impl IntoIterator<Item = Signal>) {
+        self.set.extend(signals);
+        // As in `block`.
+        let _ = self.set.thread_block();
+    }
+
     /// What was blocked before: the mask that this program was started with.
     pub fn mask_before(&self) -> SigSet {
         self.before
@@ -41,10 +49,11 @@ impl Signals {
     pub fn watch(self, on_signal: impl FnOnce() + Send + 'static) -> Interrupted {
         let interrupted = Interrupted::default();
         let flag = interrupted.clone();
+        let set = self.set;
         let spawned = std::thread::Builder::new()
             .name("vmafx-signals".into())
             .spawn(move || {
-                let Ok(signal) = self.set.wait() else { return };
+                let Ok(signal) = set.wait() else { return };
                 let first = Instant::now();
                 flag.0.signal.store(signal as u8, Ordering::SeqCst);
                 let late = flag.clone();
@@ -59,7 +68,7 @@ impl Signals {
                         std::thread::sleep(GRACE);
                     }
                 });
-                while let Ok(second) = self.set.wait() {
+                while let Ok(second) = set.wait() {
                     if first.elapsed() >= SAME {
                         std::process::exit(flag.code(second));
                     }
@@ -67,7 +76,6 @@ impl Signals {
             });
         if spawned.is_err() {
             // Without the thread the signals end the process, as by default.
-            let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
             let _ = set.thread_unblock();
         }
         interrupted

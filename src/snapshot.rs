@@ -22,6 +22,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::cache::proof::Timestamp;
 use crate::optin::{self, OptIn};
 use crate::reader::{Shown, Vigil, WholeClip};
 use crate::reason::{Reason, Refusal};
@@ -91,6 +92,9 @@ pub struct Whole {
     pub kind: SnapshotKind,
     /// Bytes.
     pub size: u64,
+    /// The clip's modification time, which its snapshot's file system may not have
+    /// room for.
+    pub(crate) modified: Timestamp,
     /// Whether the snapshot existed already.
     pub reused: bool,
 }
@@ -224,6 +228,18 @@ impl Snapshots {
         result
     }
 
+    /// As [`open`](Self::open), if that can be told without asking rclone, and
+    /// without waiting.
+    #[cfg(feature = "mount")]
+    pub(crate) fn current(&self, clip: BorrowedFd<'_>) -> Option<Whole> {
+        if optin::from_env() == OptIn::Killed {
+            return None;
+        }
+        let slot = self.store.find(&Shown::by(clip).ok()?)?;
+        let kept = slot.try_lock()?;
+        reuse(kept.as_ref()).ok()?
+    }
+
     fn open_in(&self, slot: &Slot, clip: BorrowedFd<'_>, shown: &Shown) -> Result<Whole, Refusal> {
         let mut kept = slot.lock();
         if self.options.mode == SnapshotMode::Off {
@@ -246,15 +262,15 @@ impl Snapshots {
             && kept.vigil.is_same(&proven)
             && let Some(object) = &kept.object
         {
-            let whole = whole(object, proven.size(), true)?;
             kept.vigil = proven.close();
-            return Ok(whole);
+            return whole(object, &kept.vigil, true);
         }
         self.store.retire(kept.take());
         let object = self.make(&proven)?;
-        let whole = whole(&object, proven.size(), false)?;
+        let vigil = proven.close();
+        let whole = whole(&object, &vigil, false)?;
         *kept = Some(Kept {
-            vigil: proven.close(),
+            vigil,
             object: Some(object),
         });
         Ok(whole)
@@ -309,14 +325,16 @@ fn reuse(kept: Option<&Kept>) -> Result<Option<Whole>, Refusal> {
     if kept.vigil.age_ms() >= PROVE_AGAIN_MS || kept.vigil.check().is_err() {
         return Ok(None);
     }
-    whole(object, kept.vigil.size(), true).map(Some)
+    whole(object, &kept.vigil, true).map(Some)
 }
 
-fn whole(object: &Object, size: u64, reused: bool) -> Result<Whole, Refusal> {
+fn whole(object: &Object, vigil: &Vigil, reused: bool) -> Result<Whole, Refusal> {
+    let (size, modified) = vigil.version();
     Ok(Whole {
         fd: object.open()?,
         kind: object.kind,
         size,
+        modified,
         reused,
     })
 }

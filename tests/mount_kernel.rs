@@ -21,7 +21,7 @@ const SIZE: usize = 2 * MIB;
 fn passes() -> bool {
     let release = nix::sys::utsname::uname().unwrap();
     let release = release.release().to_str().unwrap().to_owned();
-    let mut parts = release.split(['.', '-']).map(|part| part.parse::<u32>());
+    let mut parts = release.split(['.', '-']).map(str::parse::<u32>);
     let (major, minor) = (
         parts.next().unwrap().unwrap(),
         parts.next().unwrap().unwrap(),

@@ -49,7 +49,7 @@ fn what_cannot_be_mounted_is_refused_with_the_reason() {
         &point,
         &["-o", "noexec,rw"],
         2,
-        "-o rw cannot be had",
+        "-o rw: the mount is read-only",
     );
     refused(
         &source,

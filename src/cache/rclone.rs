@@ -16,6 +16,8 @@ mod start;
 pub use daemon::Daemon;
 pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};
 pub use locate::{Folders, Located, Locator, mount_facts};
+#[cfg(feature = "mount")]
+pub(crate) use metadata::fingerprint_mark;
 pub use metadata::parse as parse_metadata;
 pub(crate) use metadata::{MetadataFile, is_same_version, read_metadata};
 

@@ -10,7 +10,7 @@ use super::{Format, Size};
 #[command(after_help = "\
 Exit codes: 0 unmounted, or in the background and mounted; 1 serving failed; 2 the
 folders or options make no sense; 3 it cannot be mounted here, or passthrough is
-required and cannot be had. SIGINT and SIGTERM unmount.")]
+required and cannot be had. SIGINT, SIGTERM, SIGHUP and SIGQUIT unmount.")]
 pub struct MountArgs {
     /// A folder on an rclone mount.
     pub source: PathBuf,
@@ -41,9 +41,6 @@ pub struct MountArgs {
     /// Mount options, as of mount(8).
     #[arg(short, value_delimiter = ',', value_name = "OPTION")]
     pub options: Vec<String>,
-    /// The process in the background, for the one that started it.
-    #[arg(long, hide = true, conflicts_with = "foreground")]
-    pub background: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -3,29 +3,38 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use serde::Serialize;
 use vmafx_bypass::optin::{self, OptIn};
 use vmafx_bypass::reexport::{self, Error, Mounted, Options, Stats};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 
 use crate::cli::{Format, MountArgs, MountSnapshot, Passthrough};
-use crate::exit::{Coded, Exit};
+use crate::exit::{self, Coded, Exit};
 use crate::output::{self, JsonPath, Notes, SCHEMA, human_bytes, write_json};
 use crate::signals::{Interrupted, Signals};
 
 /// How long readers that have files open may go on after a signal.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a signal may wait for a mount that is being made.
+const MOUNTS_WITHIN: Duration = Duration::from_secs(2);
 /// What the process in the background says when it is mounted.
 const MOUNTED: &str = "mounted";
+/// Set for the process in the background.
+const BACKGROUND: &str = "VMAFX_BYPASS_MOUNT_IN_BACKGROUND";
 
 /// Mounts, and serves until it is unmounted; or has another process do so.
-pub fn run(args: &MountArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
-    if args.foreground || args.background {
-        serve(args, notes, signals)
+pub fn run(args: &MountArgs, notes: &Notes, mut signals: Signals) -> Result<Exit> {
+    let background = !args.foreground && std::env::var_os(BACKGROUND).is_some();
+    if args.foreground || background {
+        // A terminal's end or key would leave a dead mount.
+        signals.also([Signal::SIGHUP, Signal::SIGQUIT]);
+        serve(args, background, notes, signals)
     } else {
         signals.unblock();
         in_background()
@@ -76,29 +85,37 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn serve(args: &MountArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
-    if args.background {
-        // Only who leads a group already may not; it then has no terminal's either.
-        let _ = nix::unistd::setsid();
+fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) -> Result<Exit> {
+    if background {
+        leave_what_was_inherited();
     }
     raise_descriptor_limit();
-    let mounted = Mounted::mount(&options(args)).map_err(coded)?;
-    let (end, watch) = (mounted.unmounter(), mounted.watch());
+    let (tell, told_end) = mpsc::channel::<reexport::Unmounter>();
     let interrupted = signals.watch(move || {
+        // While it is being mounted, the source may hang: then it ends without.
+        let Ok(end) = told_end.recv_timeout(MOUNTS_WITHIN) else {
+            return;
+        };
         // Where others hold it, it ends for them when this process does.
         if !matches!(end.unmount(), Ok(false)) {
             std::thread::sleep(GRACE);
         }
     });
+    let mounted = Mounted::mount(&options(args)).map_err(coded)?;
+    let watch = mounted.watch();
+    if tell.send(mounted.unmounter()).is_err() && interrupted.exit().is_some() {
+        // A signal could not wait.
+        return Ok(Exit::Done);
+    }
     let told = Told {
         format: args.format,
-        background: args.background,
+        background,
     };
-    if !args.background {
-        told.mounted(&mounted)?;
+    if !background {
+        told.mounted(&mounted).or_else(unless_broken_pipe)?;
     }
     if let Some(refusal) = mounted.refusal()
-        && !args.background
+        && !background
     {
         notes.note(format_args!(
             "note: `{}`: clips are read {}: {refusal}",
@@ -108,7 +125,7 @@ fn serve(args: &MountArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     }
     // Nobody may listen, which changes nothing.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    if args.background {
+    if background {
         say_and_detach()?;
     }
     let stopped = std::thread::Builder::new().name("vmafx-mount".into());
@@ -117,6 +134,29 @@ fn serve(args: &MountArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     told.ended(&stats)?;
     Ok(Exit::Done)
+}
+
+/// Nobody may read what is told; it is served nevertheless.
+fn unless_broken_pipe(error: anyhow::Error) -> Result<()> {
+    if exit::is_broken_pipe(&error) {
+        return Ok(());
+    }
+    Err(error)
+}
+
+/// In the background: the group and terminal, and descriptors that somebody may
+/// wait to be closed; and ends with the process that waits for it.
+fn leave_what_was_inherited() {
+    // Only who leads a group already may not; it then has no terminal's either.
+    let _ = nix::unistd::setsid();
+    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM);
+    let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten();
+    let numbers = names.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let numbers: Vec<i32> = numbers.filter(|number| *number > 2).collect();
+    for number in numbers {
+        // One was the folder's own.
+        let _ = nix::unistd::close(number);
+    }
 }
 
 /// Until it is unmounted and closed; after a signal no longer than the grace.
@@ -147,7 +187,7 @@ fn in_background() -> Result<Exit> {
     let program = std::env::current_exe().context("this program's path")?;
     let mut child = Command::new(program)
         .args(std::env::args_os().skip(1))
-        .arg("--background")
+        .env(BACKGROUND, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -166,6 +206,8 @@ fn in_background() -> Result<Exit> {
 
 /// Tells the process that waits, and leaves its terminal and pipes.
 fn say_and_detach() -> Result<()> {
+    // Told, it goes.
+    let _ = nix::sys::prctl::set_pdeathsig(None);
     let mut out = io::stdout();
     writeln!(out, "{MOUNTED}")?;
     out.flush()?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 
 use super::fill::Fills;
+use crate::cache::proof::Timestamp;
 use crate::handover::{self, protocol::WholeKind};
 use crate::mounts::Dev;
 use crate::reader::{by_either, is_root};
@@ -82,12 +83,13 @@ fn from_server(socket: &Path, clip: BorrowedFd<'_>) -> Result<Given, Refusal> {
             return Err(Refusal::new(Reason::Live, detail));
         }
     };
-    check_version(&given.fd, &open)?;
+    let modified = check_version(&given.fd, &open)?;
     Ok(Given {
         whole: Whole {
             fd: given.fd,
             kind,
             size: given.size,
+            modified,
             reused: false,
         },
         by_server: true,
@@ -95,14 +97,19 @@ fn from_server(socket: &Path, clip: BorrowedFd<'_>) -> Result<Given, Refusal> {
 }
 
 /// A snapshot has the size and time of its clip, which FUSE shows us, too.
-fn check_version(snapshot: &OwnedFd, clip: &OwnedFd) -> Result<(), Refusal> {
+fn check_version(snapshot: &OwnedFd, clip: &OwnedFd) -> Result<Timestamp, Refusal> {
     let version = |fd: &OwnedFd| {
         let stat = rustix::fs::fstat(fd)
             .map_err(|e| Refusal::from_io("fstat", &e.into(), Reason::IoError))?;
-        Ok((stat.st_size, stat.st_mtime, stat.st_mtime_nsec))
+        let modified = Timestamp {
+            seconds: stat.st_mtime,
+            nanos: stat.st_mtime_nsec as u32,
+        };
+        Ok((stat.st_size, modified))
     };
-    if version(snapshot)? == version(clip)? {
-        return Ok(());
+    let (shown, found) = (version(clip)?, version(snapshot)?);
+    if shown == found {
+        return Ok(shown.1);
     }
     let detail = "the server's snapshot is not of the version that fuse shows";
     Err(Refusal::new(Reason::Changed, detail))

@@ -12,6 +12,8 @@ use arc_swap::ArcSwap;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
+#[cfg(feature = "mount")]
+use crate::cache::proof::Timestamp;
 use crate::cache::rclone::{FuseFile, no_cachestat};
 use crate::reason::{Reason, Refusal};
 use crate::sys::{Pages, pages};
@@ -108,6 +110,20 @@ impl Companion {
 
     pub(super) fn metadata(&self) -> io::Result<fs::Metadata> {
         self.file.load().metadata()
+    }
+
+    /// Its size, bytes, and modification time, as rclone has them now: the kernel
+    /// may have older ones.
+    #[cfg(feature = "mount")]
+    pub(super) fn version_now(&self) -> io::Result<(u64, Timestamp)> {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC;
+        let wanted = StatxFlags::SIZE | StatxFlags::MTIME;
+        let stat = rustix::fs::statx(&**self.file.load(), "", flags, wanted)?;
+        let modified = Timestamp {
+            seconds: stat.stx_mtime.tv_sec,
+            nanos: stat.stx_mtime.tv_nsec,
+        };
+        Ok((stat.stx_size, modified))
     }
 
     /// The file's device and inode.

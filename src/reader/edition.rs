@@ -1,7 +1,6 @@
 //! Which bytes an open file has: for who keeps what was read.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, StatxFlags};
@@ -16,6 +15,8 @@ use crate::cache::proof::Timestamp;
 pub(crate) struct Edition {
     size: u64,
     modified: Timestamp,
+    /// Of rclone's fingerprint, which may have a hash of the bytes.
+    mark: Option<u64>,
     data: Option<DataFile>,
 }
 
@@ -43,9 +44,12 @@ impl Edition {
         self.data.is_some()
     }
 
-    /// Whether another is of the same size and time.
+    /// Whether another is of the same size and time, and nothing else tells them
+    /// apart.
     pub(crate) fn is_same_version(&self, other: &Self) -> bool {
+        let differ = |(own, other)| own != other;
         (self.size, self.modified) == (other.size, other.modified)
+            && !self.mark.zip(other.mark).is_some_and(differ)
     }
 
     #[cfg(test)]
@@ -66,6 +70,7 @@ impl Edition {
         Self {
             size,
             modified,
+            mark: None,
             data: None,
         }
     }
@@ -75,26 +80,40 @@ impl BypassFile {
     /// What reads are of at the moment, and the generation that it holds for.
     ///
     /// # Errors
-    /// Those of fstat(2) through FUSE.
+    /// Those of statx(2) through FUSE.
     pub(crate) fn edition(&self) -> io::Result<(Edition, u64)> {
         // First: what ends a proof meanwhile counts as later.
         let generation = self.generation();
-        let (size, modified, data) = match &**self.state.load() {
-            State::Active(epoch) => {
+        let edition = match &**self.state.load() {
+            State::Active(epoch) if epoch.check_data().is_ok() => {
                 let (size, modified) = epoch.version();
-                (size, modified, data_file(epoch))
+                Edition {
+                    size,
+                    modified,
+                    mark: epoch.mark(),
+                    data: data_file(epoch),
+                }
             }
-            State::Fuse { .. } => {
-                let shown = self.companion.metadata()?;
-                (shown.size(), Timestamp::modified(&shown), None)
+            _ => {
+                let (size, modified) = self.companion.version_now()?;
+                Edition {
+                    size,
+                    modified,
+                    mark: None,
+                    data: None,
+                }
             }
-        };
-        let edition = Edition {
-            size,
-            modified,
-            data,
         };
         Ok((edition, generation))
+    }
+
+    /// Whether the file that is read past FUSE is the clip's to this moment; false
+    /// while there is none.
+    pub(crate) fn is_proven_still(&self) -> bool {
+        match &**self.state.load() {
+            State::Active(epoch) => epoch.check_data().is_ok(),
+            State::Fuse { .. } => false,
+        }
     }
 
     /// Changes with each proof that begins or ends: while it is the same, and

@@ -333,6 +333,12 @@ impl Epoch {
         (self.proof.size, self.proof.modified)
     }
 
+    /// What tells versions of one size and time apart, if it can be told.
+    #[cfg(feature = "mount")]
+    pub(super) fn mark(&self) -> Option<u64> {
+        self.origin.mark()
+    }
+
     /// What is proven.
     pub(super) fn proof(&self) -> &Proof {
         &self.proof

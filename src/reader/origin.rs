@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::companion::Companion;
 use super::epoch::changed;
 use crate::cache::proof::Proof;
+#[cfg(feature = "mount")]
+use crate::cache::rclone::fingerprint_mark;
 use crate::cache::rclone::{FuseFile, MetadataFile, is_same_version};
 use crate::handover::Connection;
 use crate::reason::{Reason, Refusal};
@@ -103,6 +105,16 @@ impl Origin {
                 is_same_version(&bytes(one), &bytes(other))
             }
             _ => false,
+        }
+    }
+
+    /// What tells versions of one size and time apart, as far as we have read the
+    /// metadata.
+    #[cfg(feature = "mount")]
+    pub(super) fn mark(&self) -> Option<u64> {
+        match self {
+            Self::Metadata(file) => fingerprint_mark(&lock(file).bytes),
+            Self::Server { .. } => None,
         }
     }
 

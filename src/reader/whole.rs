@@ -210,8 +210,8 @@ impl Vigil {
         self.epoch.data()
     }
 
-    /// Bytes.
-    pub(crate) fn size(&self) -> u64 {
-        self.epoch.version().0
+    /// Its size, bytes, and its modification time.
+    pub(crate) fn version(&self) -> (u64, Timestamp) {
+        self.epoch.version()
     }
 }

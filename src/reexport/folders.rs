@@ -19,8 +19,9 @@ const LISTED: usize = 64 << 10;
 
 impl Shared {
     pub(super) fn open_folder(&self, id: INodeNo) -> io::Result<u64> {
-        let entries = self.list(&self.path(id)?)?;
-        Ok(self.opens.add(Open::Folder(Mutex::new(entries))))
+        // Read when its first entries are asked for.
+        self.source.list(&self.path(id)?)?;
+        Ok(self.opens.add(Open::Folder(Mutex::new(None))))
     }
 
     fn list(&self, path: &Path) -> io::Result<Arc<[Entry]>> {
@@ -55,13 +56,16 @@ impl Shared {
             return Err(errno(nix::libc::ENOTDIR));
         };
         let mut entries = lock(entries);
-        if offset == 0 {
-            *entries = self.list(&self.path(id)?)?;
+        if let Some(entries) = entries.as_ref().filter(|_| offset > 0) {
+            return Ok(Arc::clone(entries));
         }
-        Ok(Arc::clone(&entries))
+        let listed = self.list(&self.path(id)?)?;
+        *entries = Some(Arc::clone(&listed));
+        Ok(listed)
     }
 
-    /// Adds entries with their attributes until the reply is full.
+    /// Adds entries with their attributes until the reply is full, or one cannot be
+    /// looked at: that is for who asks for the next ones.
     pub(super) fn add_plus(
         &self,
         id: INodeNo,
@@ -73,40 +77,36 @@ impl Shared {
         let path = self.path(id)?;
         let folder = self.source.list(&path)?;
         let dev = rustix::fs::fstat(&folder)?.st_dev;
+        let mut added = false;
         for (index, entry) in entries.iter().enumerate().skip(offset as usize) {
             let next = index as u64 + 1;
             let is_dots = matches!(entry.name.as_bytes(), b"." | b"..");
-            let shown = if is_dots {
+            let (attr, ttl) = if is_dots {
                 // Of these the kernel takes no attributes.
-                Some((entry_attr(entry), NO_TTL))
+                (entry_attr(entry), NO_TTL)
             } else {
                 let flags = AtFlags::SYMLINK_NOFOLLOW;
+                let inside = join(&path, &entry.name);
                 match rustix::fs::statat(&folder, &entry.name, flags) {
                     // Gone meanwhile.
                     Err(rustix::io::Errno::NOENT) => continue,
-                    // Another mount's, which is not shown.
-                    Ok(stat) if stat.st_dev != dev => None,
-                    Ok(stat) => {
-                        let found = attr::of_stat(&stat);
-                        Some(self.enter(&join(&path, &entry.name), &found))
+                    // Another mount's: its name is shown, as by readdir.
+                    Ok(stat) if stat.st_dev != dev => {
+                        (self.enter(&inside, &entry_attr(entry)).0, NO_TTL)
                     }
-                    Err(_) => None,
+                    Ok(stat) => self.enter(&inside, &attr::of_stat(&stat)),
+                    Err(_) if added => break,
+                    Err(e) => return Err(e.into()),
                 }
             };
-            let known = shown.is_some() && !is_dots;
-            // Without a number the kernel looks it up when it is asked for.
-            let none = FileAttr {
-                ino: INodeNo(0),
-                ..entry_attr(entry)
-            };
-            let (attr, ttl) = shown.unwrap_or((none, NO_TTL));
             let name = &entry.name;
             if reply.add(attr.ino, next, name, &ttl, &attr, Generation(0)) {
-                if known {
+                if !is_dots {
                     lock(&self.nodes).forget(attr.ino.0, 1);
                 }
                 break;
             }
+            added = true;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount as mount_call, umount2};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::source::unique_mount_id;
@@ -33,6 +33,12 @@ const FLAGS: &[(&str, MsFlags)] = &[
 ];
 /// Options that would make it what it is not.
 const REFUSED: &[&str] = &["rw", "suid", "dev", "fsname", "subtype", "auto_unmount"];
+/// Options that are this program's to give.
+const OURS: &[&str] = &["fd", "rootmode", "user_id", "group_id"];
+/// Options that are more than one for the kernel.
+const ALLOW: &[&str] = &["allow_other", "allow_root"];
+/// An option that it has anyway.
+const GIVEN: &str = "default_permissions";
 /// The subtype of `fuse.vmafx-bypass`.
 const SUBTYPE: &str = "vmafx-bypass";
 
@@ -48,7 +54,15 @@ pub(super) struct Mounting<'a> {
 /// Why an option is not taken; `None`: it is, or the kernel will tell.
 pub(super) fn refused(option: &str) -> Option<&'static str> {
     let name = option.split('=').next().unwrap_or_default();
-    REFUSED.iter().find(|refused| **refused == name).copied()
+    if REFUSED.contains(&name) {
+        Some("the mount is read-only, nosuid and nodev")
+    } else if OURS.contains(&name) {
+        Some("it is given already")
+    } else if ALLOW.contains(&name) {
+        Some("use --allow-other")
+    } else {
+        None
+    }
 }
 
 impl Mounting<'_> {
@@ -65,7 +79,7 @@ impl Mounting<'_> {
         let device = rustix::fs::open("/dev/fuse", flags, Mode::empty())?;
         let mut flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         let mut data = format!(
-            "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
+            "fd={},rootmode=40000,user_id={},group_id={},{GIVEN}",
             device.as_raw_fd(),
             nix::unistd::geteuid(),
             nix::unistd::getegid()
@@ -76,7 +90,7 @@ impl Mounting<'_> {
         for option in self.options {
             if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| name == option) {
                 flags |= *flag;
-            } else {
+            } else if option != GIVEN {
                 data.push(',');
                 data.push_str(option);
             }
@@ -171,6 +185,15 @@ impl Place {
         self.dev
     }
 
+    /// Whether it is still mounted, here or elsewhere.
+    pub(super) fn is_mounted(&self) -> io::Result<bool> {
+        let table = MountTable::read()?;
+        let mut ours = table
+            .iter()
+            .filter(|m| m.is_reexport() && m.dev == self.dev);
+        Ok(ours.any(|m| self.is_at(&m.point)))
+    }
+
     /// Unmounts it, and what is bound to it elsewhere; `lazily` also while files
     /// are open.
     pub(super) fn unmount(&self, lazily: bool) -> io::Result<()> {
@@ -197,6 +220,17 @@ impl Place {
             None => self.point == point,
         }
     }
+}
+
+/// Held by who mounts at a path: no other of us does meanwhile.
+///
+/// # Errors
+/// EWOULDBLOCK where another does.
+pub(super) fn reserve(point: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(point, flags, Mode::empty())?;
+    rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(folder)
 }
 
 fn mount_id(point: &Path) -> Option<u64> {
@@ -253,9 +287,10 @@ mod tests {
 
     #[test]
     fn options_that_would_make_it_something_else_are_refused() {
-        for option in ["rw", "suid", "dev", "fsname=x", "subtype=y"] {
+        for option in ["rw", "suid", "dev", "fsname=x", "subtype=y", "fd=7"] {
             assert!(refused(option).is_some(), "{option}");
         }
+        assert_eq!(refused("allow_other"), Some("use --allow-other"));
         for option in ["ro", "noexec", "context=x", "max_read=4096"] {
             assert_eq!(refused(option), None);
         }
@@ -264,6 +299,16 @@ mod tests {
     #[test]
     fn commas_and_backslashes_are_escaped() {
         assert_eq!(escaped(OsStr::new("/a,b\\c d")), "/a\\,b\\\\c d");
+    }
+
+    #[test]
+    fn one_at_a_time_mounts_at_a_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = reserve(dir.path()).unwrap();
+        let error = reserve(dir.path()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EWOULDBLOCK));
+        drop(held);
+        assert!(reserve(dir.path()).is_ok());
     }
 
     #[test]

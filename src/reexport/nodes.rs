@@ -2,10 +2,11 @@
 //!
 //! The kernel wants all opens of an inode that it serves from a backing file to
 //! have the same one, none of them cached pages beside it, and shows one size for
-//! all. So a version of a file that is open has a node of its own, and so has each
-//! way of opening it that would not go with those that are there. Whoever opens a
-//! node that is not the right one gets ESTALE, upon which the kernel looks the
-//! name up again, and finds another. fs/fuse/iomode.c, Linux 6.9.
+//! all; what one of them reads into the page cache, all read. So all that have a
+//! node open have it open in one way, from the same bytes. A version of a file
+//! that is open has a node of its own, and so has each way of opening it. Whoever
+//! opens a node that is not the right one gets ESTALE, upon which the kernel looks
+//! the name up again, and finds another. fs/fuse/iomode.c, Linux 6.9.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -38,6 +39,34 @@ pub(super) enum Wanted {
     Whole(SnapshotId),
     /// By ranges, with cached pages.
     Ranges(Edition),
+    /// By ranges, without any, but for what programs map: of whichever version.
+    Direct,
+}
+
+/// The kernel's cached pages of a node that is open by ranges.
+#[derive(Debug)]
+pub(super) struct Pages {
+    /// Whether those of earlier opens are gone or of the same bytes: an open that
+    /// is to drop them does so after it was answered, when others may be at work.
+    clean: AtomicBool,
+    /// Whether one is not certain to be of the edition.
+    tainted: AtomicBool,
+}
+
+impl Pages {
+    /// One that was to drop them as it opened the node has come to read: it has.
+    pub(super) fn were_dropped(&self) {
+        self.clean.store(true, Ordering::Release);
+    }
+
+    /// One is not certain to be of the edition: no later open is to find it.
+    pub(super) fn taint(&self) {
+        self.tainted.store(true, Ordering::Release);
+    }
+
+    fn is_clean(&self) -> bool {
+        self.clean.load(Ordering::Acquire) && !self.tainted.load(Ordering::Acquire)
+    }
 }
 
 /// What came of it.
@@ -47,10 +76,8 @@ pub(super) enum Admission<B> {
     Ranges {
         /// Whether pages of earlier opens are of the same bytes.
         keep: bool,
-        /// Set by who reads a page that is not certain to be of the edition.
-        tainted: Arc<AtomicBool>,
+        pages: Arc<Pages>,
     },
-    /// By ranges, without cached pages: whatever else is open.
     Direct,
     /// The name has to be looked up again.
     Stale,
@@ -69,7 +96,10 @@ enum State<B> {
     },
     Ranges {
         edition: Edition,
-        tainted: Arc<AtomicBool>,
+        pages: Arc<Pages>,
+        opens: u32,
+    },
+    Direct {
         opens: u32,
     },
 }
@@ -86,8 +116,16 @@ struct Node<B> {
 }
 
 impl<B> Node<B> {
-    fn is_open(&self) -> bool {
-        !matches!(self.state, State::Closed { .. })
+    /// Whether it shows what was opened until it is closed.
+    fn is_frozen(&self) -> bool {
+        matches!(self.state, State::Whole { .. } | State::Ranges { .. })
+    }
+
+    /// Notes what its file shows now, unless it is frozen.
+    fn show(&mut self, attr: &FileAttr) {
+        if !self.is_frozen() {
+            self.attr = *attr;
+        }
     }
 }
 
@@ -117,10 +155,8 @@ impl<B> Nodes<B> {
             && (node.attr.ino, node.attr.kind) == (attr.ino, attr.kind)
         {
             let same = Version::of_attr(&node.attr) == Version::of_attr(attr);
-            if same || !node.is_open() {
-                if !node.is_open() {
-                    node.attr = *attr;
-                }
+            if same || !node.is_frozen() {
+                node.show(attr);
                 node.lookups += 1;
                 return id;
             }
@@ -172,48 +208,50 @@ impl<B> Nodes<B> {
     /// What an open node shows until it is closed.
     pub(super) fn frozen(&self, id: u64) -> Option<FileAttr> {
         let node = self.by_id.get(&id)?;
-        node.is_open().then_some(node.attr)
+        node.is_frozen().then_some(node.attr)
     }
 
-    /// Notes what a node shows now; false where that is another file.
-    pub(super) fn show(&mut self, id: u64, attr: &FileAttr) -> bool {
+    /// Notes what a node's path leads to now, and what the node is to show then;
+    /// `None` where that is another file.
+    pub(super) fn show(&mut self, id: u64, attr: &FileAttr) -> Option<FileAttr> {
         let Some(node) = self.by_id.get_mut(&id) else {
             // The root, which is what it is.
-            return true;
+            return Some(*attr);
         };
         if (node.attr.ino, node.attr.kind) != (attr.ino, attr.kind) {
-            return false;
+            return None;
         }
-        if !node.is_open() {
-            node.attr = *attr;
-        }
-        true
+        node.show(attr);
+        Some(node.attr)
     }
 
-    /// Opens a node, if what is `wanted` of this version goes with what the
-    /// kernel was told of it, and with those who have it open; `last`: the name
-    /// was just looked up again, and is not to be once more. `back` registers a
-    /// backing file.
+    /// Whether a node is open to be read by the kernel.
+    pub(super) fn is_whole(&self, id: u64) -> bool {
+        let node = self.by_id.get(&id);
+        node.is_some_and(|node| matches!(node.state, State::Whole { .. }))
+    }
+
+    /// Opens a node, if what is `wanted` of this version (`None`: of any) goes with
+    /// what the kernel was told of it, and with those who have it open. Where it
+    /// does not, the path leads to another node from the next lookup on. `back`
+    /// registers a backing file.
     ///
     /// # Errors
     /// Those of `back`.
     pub(super) fn admit<E>(
         &mut self,
         id: u64,
-        version: Version,
+        version: Option<Version>,
         wanted: Wanted,
-        last: bool,
         back: impl FnOnce() -> Result<B, E>,
     ) -> Result<Admission<B>, E> {
         let Some(node) = self.by_id.get_mut(&id) else {
             return Ok(Admission::Stale);
         };
-        // Also at last: a mapping would put its pages among those of another
-        // version. Who finds the second version since it began has to try again.
-        if Version::of_attr(&node.attr) != version {
-            return Ok(Admission::Stale);
-        }
+        let shown = version.is_none_or(|version| Version::of_attr(&node.attr) == version);
         match (&mut node.state, wanted) {
+            // The next lookup tells the kernel.
+            (State::Closed { .. }, _) if !shown => return Ok(Admission::Stale),
             (State::Closed { .. }, Wanted::Whole(snapshot)) => {
                 let backing = Arc::new(back()?);
                 node.state = State::Whole {
@@ -223,37 +261,47 @@ impl<B> Nodes<B> {
                 };
                 return Ok(Admission::Whole(backing));
             }
-            (State::Closed { pages }, Wanted::Ranges(edition)) => {
-                let keep = edition.is_certain() && *pages == Some(edition);
-                let tainted = Arc::new(AtomicBool::new(false));
+            (State::Closed { pages: left }, Wanted::Ranges(edition)) => {
+                let keep = edition.is_certain() && *left == Some(edition);
+                let pages = Arc::new(Pages {
+                    clean: AtomicBool::new(keep),
+                    tainted: AtomicBool::new(false),
+                });
                 node.state = State::Ranges {
                     edition,
-                    tainted: Arc::clone(&tainted),
+                    pages: Arc::clone(&pages),
                     opens: 1,
                 };
-                return Ok(Admission::Ranges { keep, tainted });
+                return Ok(Admission::Ranges { keep, pages });
             }
-            (State::Whole { id, backing, opens }, Wanted::Whole(snapshot)) if *id == snapshot => {
+            (State::Closed { .. }, Wanted::Direct) => {
+                node.state = State::Direct { opens: 1 };
+                return Ok(Admission::Direct);
+            }
+            (State::Whole { id, backing, opens }, Wanted::Whole(snapshot))
+                if shown && *id == snapshot =>
+            {
                 *opens += 1;
                 return Ok(Admission::Whole(Arc::clone(backing)));
             }
             (
                 State::Ranges {
                     edition: open,
-                    tainted,
+                    pages,
                     opens,
                 },
                 Wanted::Ranges(edition),
-            ) if *open == edition => {
+            ) if shown && *open == edition => {
                 *opens += 1;
-                let keep = edition.is_certain() && !tainted.load(Ordering::Acquire);
-                let tainted = Arc::clone(tainted);
-                return Ok(Admission::Ranges { keep, tainted });
+                let keep = edition.is_certain() && pages.is_clean();
+                let pages = Arc::clone(pages);
+                return Ok(Admission::Ranges { keep, pages });
+            }
+            (State::Direct { opens }, Wanted::Direct) => {
+                *opens += 1;
+                return Ok(Admission::Direct);
             }
             _ => {}
-        }
-        if last {
-            return Ok(Admission::Direct);
         }
         // The next lookup has to find another node.
         if self.current.get(&node.path) == Some(&id) {
@@ -262,21 +310,22 @@ impl<B> Nodes<B> {
         Ok(Admission::Stale)
     }
 
-    /// One who had a node open, whole or by ranges, has closed it. What is handed
-    /// back is to be dropped without the lock.
+    /// One who had a node open has closed it. What is handed back is to be dropped
+    /// without the lock.
     pub(super) fn close(&mut self, id: u64) -> Option<Arc<B>> {
         let node = self.by_id.get_mut(&id)?;
-        let (State::Whole { opens, .. } | State::Ranges { opens, .. }) = &mut node.state else {
-            return None;
+        let opens = match &mut node.state {
+            State::Whole { opens, .. } | State::Ranges { opens, .. } | State::Direct { opens } => {
+                opens
+            }
+            State::Closed { .. } => return None,
         };
         *opens -= 1;
         if *opens > 0 {
             return None;
         }
         let pages = match &node.state {
-            State::Ranges {
-                edition, tainted, ..
-            } if !tainted.load(Ordering::Acquire) => Some(*edition),
+            State::Ranges { edition, pages, .. } if pages.is_clean() => Some(*edition),
             _ => None,
         };
         match std::mem::replace(&mut node.state, State::Closed { pages }) {
@@ -292,6 +341,10 @@ impl<B> Nodes<B> {
         self.by_id.len()
     }
 }
+
+#[cfg(test)]
+#[path = "nodes_model.rs"]
+mod model;
 
 #[cfg(test)]
 #[path = "nodes_tests.rs"]

@@ -5,7 +5,7 @@ use fuser::{FileType, INodeNo};
 use super::*;
 use crate::cache::proof::Timestamp;
 
-fn attr(ino: u64, size: u64, seconds: u64) -> FileAttr {
+pub(super) fn attr(ino: u64, size: u64, seconds: u64) -> FileAttr {
     let time = UNIX_EPOCH + Duration::from_secs(seconds);
     FileAttr {
         ino: INodeNo(ino),
@@ -26,7 +26,7 @@ fn attr(ino: u64, size: u64, seconds: u64) -> FileAttr {
     }
 }
 
-fn edition(version: Version, file: u64) -> Edition {
+pub(super) fn edition(version: Version, file: u64) -> Edition {
     Edition::for_tests(version.size, version.modified, file)
 }
 
@@ -34,10 +34,10 @@ const A: SnapshotId = SnapshotId { dev: 1, ino: 1 };
 const B: SnapshotId = SnapshotId { dev: 1, ino: 2 };
 
 /// Opens, and names what came of it.
-fn open(nodes: &mut Nodes<()>, id: u64, attr: &FileAttr, wanted: Wanted, last: bool) -> String {
-    let version = Version::of_attr(attr);
+fn open(nodes: &mut Nodes<()>, id: u64, attr: &FileAttr, wanted: Wanted) -> String {
+    let version = Some(Version::of_attr(attr));
     let back = || Ok::<_, ()>(());
-    match nodes.admit(id, version, wanted, last, back).unwrap() {
+    match nodes.admit(id, version, wanted, back).unwrap() {
         Admission::Whole(_) => "whole".into(),
         Admission::Ranges { keep, .. } => format!("ranges, keep {keep}"),
         Admission::Direct => "direct".into(),
@@ -57,40 +57,42 @@ fn a_clip_that_becomes_whole_gets_another_node_while_it_is_open() {
     let by_ranges = Wanted::Ranges(edition(version, 1));
     let id = nodes.enter(path(), &shown);
     assert_eq!(id, 7);
-    let first = open(&mut nodes, id, &shown, by_ranges, false);
+    let first = open(&mut nodes, id, &shown, by_ranges);
     assert_eq!(first, "ranges, keep false");
-    let other = open(&mut nodes, id, &shown, by_ranges, false);
-    assert_eq!(other, "ranges, keep true");
-    assert_eq!(
-        open(&mut nodes, id, &shown, Wanted::Whole(A), false),
-        "stale"
-    );
+    assert_eq!(open(&mut nodes, id, &shown, Wanted::Whole(A)), "stale");
     let second = nodes.enter(path(), &shown);
     assert_ne!(second, id);
-    assert_eq!(
-        open(&mut nodes, second, &shown, Wanted::Whole(A), true),
-        "whole"
-    );
-    assert_eq!(
-        open(&mut nodes, second, &shown, Wanted::Whole(A), false),
-        "whole"
-    );
+    assert_eq!(open(&mut nodes, second, &shown, Wanted::Whole(A)), "whole");
+    assert_eq!(open(&mut nodes, second, &shown, Wanted::Whole(A)), "whole");
+    assert!(nodes.is_whole(second) && !nodes.is_whole(id));
     // Who has the old node still reads by ranges.
     assert_eq!(
-        open(&mut nodes, id, &shown, by_ranges, false),
-        "ranges, keep true"
+        open(&mut nodes, id, &shown, by_ranges),
+        "ranges, keep false"
     );
-    // Evicted, and by ranges again: a third, and direct for who cannot wait.
-    assert_eq!(open(&mut nodes, second, &shown, by_ranges, true), "direct");
-    assert_eq!(open(&mut nodes, second, &shown, by_ranges, false), "stale");
-    assert_eq!(nodes.enter(path(), &shown), MADE_UP + 2);
-    for (id, opens) in [(second, 2), (id, 3)] {
+    // Evicted, and by ranges again: a third; and one more that programs may write.
+    assert_eq!(open(&mut nodes, second, &shown, by_ranges), "stale");
+    let third = nodes.enter(path(), &shown);
+    assert_eq!(third, MADE_UP + 2);
+    assert_eq!(
+        open(&mut nodes, third, &shown, by_ranges),
+        "ranges, keep false"
+    );
+    assert_eq!(open(&mut nodes, third, &shown, Wanted::Direct), "stale");
+    let fourth = nodes.enter(path(), &shown);
+    assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Direct), "direct");
+    assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Direct), "direct");
+    assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Whole(A)), "stale");
+    for (id, opens) in [(second, 2), (id, 2), (third, 1)] {
         for left in (0..opens).rev() {
             assert_eq!(nodes.close(id).is_some(), left == 0 && id == second);
             assert_eq!(nodes.frozen(id).is_some(), left > 0);
         }
     }
     assert!(nodes.close(id).is_none());
+    // What programs may write shows what it is now.
+    assert_eq!(nodes.frozen(fourth), None);
+    assert_eq!(nodes.show(fourth, &attr(7, 5, 9)).unwrap().size, 5);
 }
 
 #[test]
@@ -99,19 +101,16 @@ fn another_snapshot_or_version_is_another_node() {
     let (old, new) = (attr(7, 100, 1), attr(7, 90, 2));
     let id = nodes.enter(path(), &old);
     // The version that was opened is not the one that the kernel was told of.
-    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A), false), "stale");
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A)), "stale");
     assert_eq!(nodes.enter(path(), &new), id, "nobody has it open");
-    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A), false), "whole");
-    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(B), false), "stale");
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A)), "whole");
+    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(B)), "stale");
     let other = nodes.enter(path(), &new);
     assert_ne!(other, id);
-    assert_eq!(
-        open(&mut nodes, other, &new, Wanted::Whole(B), false),
-        "whole"
-    );
+    assert_eq!(open(&mut nodes, other, &new, Wanted::Whole(B)), "whole");
     // An open node shows what was opened, whatever came after.
     let newer = attr(7, 5, 3);
-    assert!(nodes.show(id, &newer));
+    assert_eq!(nodes.show(id, &newer).unwrap().size, 90);
     assert_eq!(nodes.frozen(id).unwrap().size, 90);
     let newest = nodes.enter(path(), &newer);
     assert!(newest != other && newest != id);
@@ -129,12 +128,13 @@ fn pages_are_kept_only_of_one_edition() {
             Some(file) => edition(version, file),
             None => Edition::uncertain_for_tests(version.size, version.modified),
         };
-        let back = || Ok::<_, ()>(());
-        let admitted = nodes.admit(id, version, Wanted::Ranges(edition), false, back);
-        let Ok(Admission::Ranges { keep, tainted }) = admitted else {
-            panic!("not by ranges");
-        };
-        tainted.store(taint, Ordering::Release);
+        let (keep, pages) = by_ranges(&mut nodes, id, edition);
+        if !keep {
+            pages.were_dropped();
+        }
+        if taint {
+            pages.taint();
+        }
         nodes.close(id);
         keep
     };
@@ -147,14 +147,46 @@ fn pages_are_kept_only_of_one_edition() {
     assert!(!reopen(None, false), "nor then");
     // What was whole in between leaves no pages that are known.
     assert!(!reopen(Some(2), false));
-    assert_eq!(
-        open(&mut nodes, id, &shown, Wanted::Whole(A), false),
-        "whole"
-    );
+    assert_eq!(open(&mut nodes, id, &shown, Wanted::Whole(A)), "whole");
     nodes.close(id);
     let again = Wanted::Ranges(edition(version, 2));
-    let kept = open(&mut nodes, id, &shown, again, false);
+    let kept = open(&mut nodes, id, &shown, again);
     assert_eq!(kept, "ranges, keep false");
+}
+
+/// Opens by ranges: whether pages are kept.
+fn by_ranges(nodes: &mut Nodes<()>, id: u64, edition: Edition) -> (bool, Arc<Pages>) {
+    let back = || Ok::<_, ()>(());
+    let admitted = nodes.admit(id, None, Wanted::Ranges(edition), back);
+    let Ok(Admission::Ranges { keep, pages }) = admitted else {
+        panic!("not by ranges");
+    };
+    (keep, pages)
+}
+
+#[test]
+fn pages_of_an_older_version_are_dropped_by_all_until_one_has() {
+    let mut nodes = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let version = Version::of_attr(&shown);
+    let id = nodes.enter(path(), &shown);
+    let (old, new) = (edition(version, 1), edition(version, 2));
+    let (_, pages) = by_ranges(&mut nodes, id, old);
+    pages.were_dropped();
+    nodes.close(id);
+    // Two open the new one; whether the kernel has come to drop for the first is
+    // not known before it reads.
+    let (keep, _) = by_ranges(&mut nodes, id, new);
+    assert!(!keep);
+    let (keep, _) = by_ranges(&mut nodes, id, new);
+    assert!(!keep);
+    // They close without a read: the old pages may still be there.
+    nodes.close(id);
+    nodes.close(id);
+    let (keep, pages) = by_ranges(&mut nodes, id, new);
+    assert!(!keep);
+    pages.were_dropped();
+    assert!(by_ranges(&mut nodes, id, new).0);
 }
 
 #[test]
@@ -180,7 +212,8 @@ fn what_the_kernel_forgets_is_gone() {
         ..shown
     };
     let successor = nodes.enter(Path::new("x"), &folder);
-    assert!(!nodes.show(one, &folder) && nodes.show(successor, &folder));
+    assert!(nodes.show(one, &folder).is_none());
+    assert!(nodes.show(successor, &folder).is_some());
     nodes.forget(one, 1);
     assert_eq!(nodes.enter(Path::new("x"), &folder), successor);
 }
@@ -191,7 +224,7 @@ fn a_backing_file_that_cannot_be_registered_opens_nothing() {
     let shown = attr(7, 100, 1);
     let id = nodes.enter(path(), &shown);
     let version = Version::of_attr(&shown);
-    let failed = nodes.admit(id, version, Wanted::Whole(A), false, || Err("no"));
+    let failed = nodes.admit(id, Some(version), Wanted::Whole(A), || Err("no"));
     assert_eq!(failed.unwrap_err(), "no");
     assert_eq!(nodes.frozen(id), None);
     let time = Timestamp {

@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use fuser::FileType;
 
+use super::nodes::Pages;
+use super::shared::lock;
 use crate::BypassFile;
 use crate::reader::Edition;
 
@@ -21,7 +23,9 @@ pub(super) struct Paged {
     /// The file's generation up to which its bytes are known to be of the edition.
     pub(super) generation: AtomicU64,
     /// Shared by all that have the node open.
-    pub(super) tainted: Arc<AtomicBool>,
+    pub(super) pages: Arc<Pages>,
+    /// Whether the kernel was to drop them.
+    pub(super) drops: bool,
 }
 
 impl Paged {
@@ -30,6 +34,9 @@ impl Paged {
     /// # Errors
     /// Those of the source; ESTALE where the clip has become another version.
     pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.drops {
+            self.pages.were_dropped();
+        }
         let n = self.file.read_at(buffer, offset)?;
         self.check()?;
         if n < buffer.len() {
@@ -39,10 +46,12 @@ impl Paged {
         Ok(())
     }
 
-    /// Whether what was read just now was of the edition.
+    /// Whether what was read just now was of the edition. Also what came through
+    /// FUSE: before anyone gets a newer version there, the proof's file is unlinked.
     fn check(&self) -> io::Result<()> {
         if self.edition.is_certain()
             && self.file.generation() == self.generation.load(Ordering::Acquire)
+            && self.file.is_proven_still()
         {
             return Ok(());
         }
@@ -51,8 +60,7 @@ impl Paged {
             self.generation.store(generation, Ordering::Release);
             return Ok(());
         }
-        // No later open is to find its pages.
-        self.tainted.store(true, Ordering::Release);
+        self.pages.taint();
         if now.is_same_version(&self.edition) {
             return Ok(());
         }
@@ -75,7 +83,7 @@ pub(super) enum Open {
     /// Read as asked for, each time.
     Direct(BypassFile),
     /// As it was listed when it was read from its start.
-    Folder(Mutex<Arc<[Entry]>>),
+    Folder(Mutex<Option<Arc<[Entry]>>>),
 }
 
 impl Open {
@@ -148,7 +156,8 @@ impl Retries {
 
 /// Threads that may wait for a snapshot at once; others have to go on serving.
 pub(super) struct Seats {
-    free: AtomicU64,
+    free: Mutex<usize>,
+    given_back: Condvar,
 }
 
 /// One of them.
@@ -157,24 +166,31 @@ pub(super) struct Seat<'a>(&'a Seats);
 impl Seats {
     pub(super) fn new(seats: usize) -> Self {
         Self {
-            free: AtomicU64::new(seats as u64),
+            free: Mutex::new(seats),
+            given_back: Condvar::new(),
         }
     }
 
     /// `None` where all are taken.
     pub(super) fn take(&self) -> Option<Seat<'_>> {
-        let take = |free: u64| free.checked_sub(1);
-        let order = Ordering::AcqRel;
-        self.free
-            .fetch_update(order, Ordering::Acquire, take)
-            .ok()
-            .map(|_| Seat(self))
+        let mut free = lock(&self.free);
+        *free = free.checked_sub(1)?;
+        Some(Seat(self))
+    }
+
+    /// Waits for one.
+    pub(super) fn wait(&self) -> Seat<'_> {
+        let free = lock(&self.free);
+        let free = self.given_back.wait_while(free, |free| *free == 0);
+        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
+        Seat(self)
     }
 }
 
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
-        self.0.free.fetch_add(1, Ordering::AcqRel);
+        *lock(&self.0.free) += 1;
+        self.0.given_back.notify_one();
     }
 }
 
@@ -199,7 +215,11 @@ mod tests {
         let seats = Seats::new(1);
         let seat = seats.take();
         assert!(seat.is_some() && seats.take().is_none());
-        drop(seat);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| drop(seats.wait()));
+            drop(seat);
+            waits.join().unwrap();
+        });
         assert!(seats.take().is_some());
     }
 }

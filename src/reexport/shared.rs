@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +19,7 @@ use super::stats::{Counters, Stats, Way};
 use super::xattr;
 use crate::BypassOptions;
 use crate::reason::{Reason, Refusal};
-use crate::snapshot::Snapshots;
+use crate::snapshot::{Snapshots, Whole};
 
 /// How long the kernel may keep names and attributes: as long as rclone lets it
 /// keep its own by default, `--attr-timeout`.
@@ -27,6 +27,9 @@ pub(super) const TTL: Duration = Duration::from_secs(1);
 /// Of a node with a number that is made up: the kernel asks each time, and gets
 /// the source's number, which a lookup's answer has no other place for.
 pub(super) const NO_TTL: Duration = Duration::ZERO;
+/// The thread of a request that comes from another pid namespace.
+const NOBODY: u32 = 0;
+
 /// What requests work on, and whoever mounted looks at.
 pub(super) struct Shared {
     pub(super) source: Source,
@@ -126,16 +129,14 @@ impl Shared {
             return Ok(frozen);
         }
         let found = attr::of(self.source.at(&self.path(id)?)?)?;
-        if lock(&self.nodes).show(id.0, &found) {
-            Ok(found)
-        } else {
-            Err(errno(nix::libc::ESTALE))
-        }
+        let shown = lock(&self.nodes).show(id.0, &found);
+        shown.ok_or_else(|| errno(nix::libc::ESTALE))
     }
 
     pub(super) fn open(&self, thread: u32, id: INodeNo, reply: &ReplyOpen) -> io::Result<Opened> {
         let path = self.path(id)?;
-        let last = self.retries.take(thread, &path);
+        // Whom we cannot tell from others may have come back.
+        let last = thread == NOBODY || self.retries.take(thread, &path);
         let opened = self.open_at(id, &path, last, reply);
         match &opened {
             // Looked up anew, it will be there.
@@ -148,6 +149,7 @@ impl Shared {
         opened
     }
 
+    /// Opens a clip; `last`: who fails now fails for good.
     fn open_at(
         &self,
         id: INodeNo,
@@ -155,38 +157,53 @@ impl Shared {
         last: bool,
         reply: &ReplyOpen,
     ) -> io::Result<Opened> {
-        let writable = self.source.is_writable()?;
-        let mut direct = writable;
-        if !writable && self.passes() {
-            match self.open_whole(id, path, last, reply) {
-                Ok(Some(opened)) => return Ok(opened),
-                Ok(None) => direct = true,
+        if self.source.is_writable()? {
+            return self.open_direct(id, path);
+        }
+        if self.passes() {
+            match self.open_whole(id, path, reply) {
+                Ok(opened) => return Ok(opened),
                 Err(Failure::Refused(refusal)) => self.counters.refused(&refusal),
+                Err(Failure::Stale) if last => {
+                    let detail = "others have it open by ranges";
+                    let refusal = Refusal::new(Reason::Busy, detail);
+                    self.counters.refused(&refusal);
+                }
                 Err(Failure::Stale) => return Err(errno(nix::libc::ESTALE)),
             }
         }
+        self.open_ranges(id, path)
+    }
+
+    /// Opens a clip to be read anew each time, since programs may write it.
+    fn open_direct(&self, id: INodeNo, path: &Path) -> io::Result<Opened> {
         let file = BypassOptions::new().take_new_fd(self.source.read(path)?)?;
-        if direct {
-            self.counters.opened(Way::Direct);
-            return Ok(Opened::Direct(self.opens.add(Open::Direct(file))));
+        match self.admit(id, None, Wanted::Direct, no_backing)? {
+            Admission::Direct => {
+                self.counters.opened(Way::Direct);
+                Ok(Opened::Direct(self.opens.add(Open::Direct(file))))
+            }
+            _ => Err(errno(nix::libc::ESTALE)),
         }
+    }
+
+    fn open_ranges(&self, id: INodeNo, path: &Path) -> io::Result<Opened> {
+        let file = BypassOptions::new().take_new_fd(self.source.read(path)?)?;
         let (edition, generation) = file.edition()?;
         let version = Version {
             size: edition.size(),
             modified: edition.modified(),
         };
-        let none = || Err::<BackingId, _>(());
         let wanted = Wanted::Ranges(edition);
-        let admitted = lock(&self.nodes).admit(id.0, version, wanted, last, none);
-        match admitted {
-            Ok(Admission::Ranges { keep, tainted }) => {
+        match self.admit(id, Some(version), wanted, no_backing)? {
+            Admission::Ranges { keep, pages } => {
                 self.counters.opened(Way::Ranges);
-                let generation = AtomicU64::new(generation);
                 let number = self.opens.add(Open::Paged(Paged {
                     file,
                     edition,
-                    generation,
-                    tainted,
+                    generation: AtomicU64::new(generation),
+                    pages,
+                    drops: !keep,
                 }));
                 Ok(if keep {
                     Opened::Kept(number)
@@ -194,57 +211,67 @@ impl Shared {
                     Opened::Dropped(number)
                 })
             }
-            Ok(Admission::Direct) => {
-                self.counters.opened(Way::Direct);
-                Ok(Opened::Direct(self.opens.add(Open::Direct(file))))
-            }
-            Ok(Admission::Stale | Admission::Whole(_)) | Err(()) => Err(errno(nix::libc::ESTALE)),
+            _ => Err(errno(nix::libc::ESTALE)),
         }
     }
 
-    /// Opens a clip to be read by the kernel; `None`: it is to be read directly.
-    fn open_whole(
-        &self,
-        id: INodeNo,
-        path: &Path,
-        last: bool,
-        reply: &ReplyOpen,
-    ) -> Result<Option<Opened>, Failure> {
-        let Some(snapshots) = &self.snapshots else {
-            return Err(Failure::Refused(Refusal::new(
-                Reason::Disabled,
-                "passthrough is off",
-            )));
-        };
-        let Some(_seat) = self.seats.take() else {
-            let detail = "others wait for snapshots, and some threads have to go on serving";
-            return Err(Failure::Refused(Refusal::new(Reason::Busy, detail)));
-        };
+    /// Opens a clip to be read by the kernel.
+    fn open_whole(&self, id: INodeNo, path: &Path, reply: &ReplyOpen) -> Result<Opened, Failure> {
         let io = |what: &str, e: &io::Error| {
             Failure::Refused(Refusal::from_io(what, e, Reason::IoError))
         };
         let clip = self.source.at(path).map_err(|e| io("the clip", &e))?;
-        let whole = snapshots.open(clip.as_fd()).map_err(Failure::Refused)?;
+        let whole = self.snapshot(id, &clip).map_err(Failure::Refused)?;
         let stat = rustix::fs::fstat(&whole.fd).map_err(|e| io("a snapshot", &e.into()))?;
         let snapshot = SnapshotId {
             dev: stat.st_dev,
             ino: stat.st_ino,
         };
-        let version = Version::of_stat(&stat);
+        let version = Version {
+            size: whole.size,
+            modified: whole.modified,
+        };
         let back = || reply.open_backing(&whole.fd);
-        let wanted = Wanted::Whole(snapshot);
-        let admitted = lock(&self.nodes).admit(id.0, version, wanted, last, back);
-        match admitted {
+        match self.admit(id, Some(version), Wanted::Whole(snapshot), back) {
             Ok(Admission::Whole(backing)) => {
                 self.counters.opened(Way::Passthrough(whole.kind));
                 let number = self.opens.add(Open::Whole);
-                Ok(Some(Opened::Passed(number, backing)))
+                Ok(Opened::Passed(number, backing))
             }
-            Ok(Admission::Direct) => Ok(None),
-            Ok(Admission::Stale | Admission::Ranges { .. }) => Err(Failure::Stale),
+            Ok(_) => Err(Failure::Stale),
             // A cache on a stacked file system, say.
             Err(e) => Err(io("registering a snapshot with the kernel", &e)),
         }
+    }
+
+    fn snapshot(&self, id: INodeNo, clip: &OwnedFd) -> Result<Whole, Refusal> {
+        let Some(snapshots) = &self.snapshots else {
+            return Err(Refusal::new(Reason::Disabled, "passthrough is off"));
+        };
+        if let Some(whole) = snapshots.current(clip.as_fd()) {
+            return Ok(whole);
+        }
+        let seat = self.seats.take();
+        // Where others have it open by the kernel it cannot be read otherwise.
+        let seat = seat.or_else(|| {
+            let whole = lock(&self.nodes).is_whole(id.0);
+            whole.then(|| self.seats.wait())
+        });
+        if seat.is_none() {
+            let detail = "others wait for snapshots, and some threads have to go on serving";
+            return Err(Refusal::new(Reason::Busy, detail));
+        }
+        snapshots.open(clip.as_fd())
+    }
+
+    fn admit(
+        &self,
+        id: INodeNo,
+        version: Option<Version>,
+        wanted: Wanted,
+        back: impl FnOnce() -> io::Result<BackingId>,
+    ) -> io::Result<Admission<BackingId>> {
+        lock(&self.nodes).admit(id.0, version, wanted, back)
     }
 
     pub(super) fn release(&self, id: INodeNo, number: u64) {
@@ -253,12 +280,12 @@ impl Shared {
             self.counters.read(&file.stats());
         }
         match open.as_deref() {
-            Some(Open::Whole | Open::Paged(_)) => {
+            Some(Open::Whole | Open::Paged(_) | Open::Direct(_)) => {
                 let backing = lock(&self.nodes).close(id.0);
                 // Without the lock: it gives a snapshot's memory back.
                 drop(backing);
             }
-            Some(Open::Direct(_) | Open::Folder(_)) | None => {}
+            Some(Open::Folder(_)) | None => {}
         }
     }
 
@@ -319,6 +346,11 @@ impl Shared {
 enum Failure {
     Refused(Refusal),
     Stale,
+}
+
+/// For who is not read by the kernel.
+fn no_backing() -> io::Result<BackingId> {
+    Err(errno(nix::libc::EINVAL))
 }
 
 /// A folder's path, with nothing added for the folder itself.

@@ -51,10 +51,12 @@ pub(super) fn open(
     vigil.check()?;
     let fd = reopen(vigil.data())
         .map_err(|e| Refusal::from_io("opening the cache file anew", &e, Reason::IoError))?;
+    let (size, modified) = vigil.version();
     Ok(Whole {
         fd,
         kind: SnapshotKind::Live,
-        size: vigil.size(),
+        size,
+        modified,
         reused,
     })
 }

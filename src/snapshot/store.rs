@@ -29,6 +29,12 @@ impl Slot {
     pub(super) fn lock(&self) -> MutexGuard<'_, Option<Kept>> {
         lock(&self.kept)
     }
+
+    /// `None` while somebody is at it.
+    #[cfg(feature = "mount")]
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Option<Kept>>> {
+        self.kept.try_lock().ok()
+    }
 }
 
 /// Room that a sealed copy takes, until it is dropped.
@@ -82,6 +88,16 @@ impl Store {
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         lock(&self.table).slots.is_empty()
+    }
+
+    /// A clip's place, if it has one.
+    #[cfg(feature = "mount")]
+    pub(super) fn find(&self, clip: &Shown) -> Option<Arc<Slot>> {
+        let mut table = lock(&self.table);
+        table.uses += 1;
+        let slot = table.slots.get(clip)?;
+        slot.used.store(table.uses, Ordering::Relaxed);
+        Some(Arc::clone(slot))
     }
 
     /// A clip's place, empty at first.

@@ -222,6 +222,14 @@ pub(crate) fn is_same_version(a: &[u8], b: &[u8]) -> bool {
     }
 }
 
+/// A number for a metadata file's fingerprint, hash included: others have another.
+#[cfg(feature = "mount")]
+pub(crate) fn fingerprint_mark(bytes: &[u8]) -> Option<u64> {
+    use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+    let info: Info = serde_json::from_slice(bytes).ok()?;
+    Some(BuildHasherDefault::<DefaultHasher>::new().hash_one(info.fingerprint))
+}
+
 /// Reads a metadata file so that no torn or mixed write passes.
 ///
 /// # Errors
