@@ -109,6 +109,35 @@ fn a_clip_that_is_replaced_by_one_of_its_size() {
 }
 
 #[test]
+fn a_clip_that_is_cached_in_part_and_replaced_is_no_mixture() {
+    let (old, new) = (content(1, OLD), content(2, OLD));
+    let arguments = [QUICK, &["--buffer-size=0", "--vfs-read-chunk-size=128k"]].concat();
+    each_rclone(OLD, &arguments, |rig, _| {
+        fuse_range(&clip(rig), 0, MIB);
+        let shown = Reexport::start(&rig.mountpoint(), RANGES);
+        let first = File::open(shown.join(CLIP)).unwrap();
+        assert_eq!(held(&first, 0, 1000).unwrap(), old[..1000]);
+        replace(rig, &new);
+        // Before rclone has noticed, it gives new bytes as the old clip's itself.
+        let before = fs::metadata(clip(rig)).unwrap().modified().unwrap();
+        eventually("the new clip's time", || {
+            fs::metadata(clip(rig)).unwrap().modified().unwrap() != before
+        });
+        assert!(fuse_range(&clip(rig), OLD as u64 - 4096, 16) == new[OLD - 4096..][..16]);
+        for offset in [OLD - 300_000, 2 * MIB, MIB + 4096, 500_000, 3 * MIB] {
+            let bytes = held(&first, offset, 5000);
+            assert!(
+                bytes.is_none_or(|bytes| bytes == old[offset..][..5000]),
+                "{offset}"
+            );
+        }
+        eventually("the new clip", || {
+            fs::read(shown.join(CLIP)).is_ok_and(|bytes| bytes == new)
+        });
+    });
+}
+
+#[test]
 fn evicted_clips_are_read_on() {
     for args in [PASSED, RANGES] {
         each_rclone(OLD, &[], |rig, bytes| {
