@@ -16,8 +16,7 @@ pub enum Way {
     Passthrough(SnapshotKind),
     /// By proven ranges, the kernel keeping pages.
     Ranges,
-    /// By proven ranges, the kernel keeping none: the source is writable, or
-    /// others have the clip open in another way.
+    /// By proven ranges, the kernel keeping none: the source is writable.
     Direct,
 }
 

@@ -4,13 +4,19 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::{Kept, Object, lock};
 use crate::reader::Shown;
 use crate::reason::{Reason, Refusal};
 use crate::sys::coarse_ms;
 
-/// Snapshots that are kept at most: each has three descriptors.
-const KEPT: usize = 100;
+/// Snapshots that are kept at most, and at least: each has three descriptors, of
+/// as many as the process may have when it begins.
+const KEPT: usize = 4_000;
+const KEPT_LEAST: usize = 100;
+/// The share of the descriptors that each takes, at most.
+const OF_DESCRIPTORS: u64 = 10;
 /// Copies of other versions and clips that others have open, at most: each has
 /// a descriptor, however small it is.
 const RETIRED: usize = 200;
@@ -60,6 +66,8 @@ impl Drop for Charge {
 /// none but a slot's own.
 pub(super) struct Store {
     budget: u64,
+    /// Snapshots that are kept at most.
+    most: usize,
     /// Bytes of sealed copies, also of those that are being made.
     taken: Arc<AtomicU64>,
     swept_ms: AtomicU64,
@@ -77,8 +85,11 @@ struct Table {
 
 impl Store {
     pub(super) fn new(budget: u64) -> Self {
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+        let most = usize::try_from(limit / OF_DESCRIPTORS).unwrap_or(KEPT);
         Self {
             budget,
+            most: most.clamp(KEPT_LEAST, KEPT),
             taken: Arc::default(),
             swept_ms: AtomicU64::new(coarse_ms()),
             table: Mutex::default(),
@@ -122,7 +133,7 @@ impl Store {
                 table.slots.remove(clip);
             }
             drop(slot);
-            while table.slots.len() > KEPT {
+            while table.slots.len() > self.most {
                 let Some(oldest) = table.oldest(|_| true) else {
                     break;
                 };
