@@ -195,12 +195,12 @@ impl Bench {
     /// An open drops the pages that the kernel has of rclone's mount, 15 ms for 100
     /// MiB: not to be paid by whoever comes after the one that read them. And rclone
     /// still has something to do after a read.
-    fn settle(&self) -> Outcome<()> {
+    fn settle(&self) {
         for name in [CLIP, VIDEOS[0], VIDEOS[1]] {
-            File::open(self.rig.mountpoint().join(name))?;
+            // Not all are made for each part.
+            let _ = File::open(self.rig.mountpoint().join(name));
         }
         std::thread::sleep(SETTLE);
-        Ok(())
     }
 
     /// Runs each of `count` things once a round, beginning with another in turn,
@@ -220,7 +220,7 @@ impl Bench {
                     offset
                 };
                 let index = (round + offset) % count;
-                self.settle()?;
+                self.settle();
                 samples[index].push(run(index)?);
             }
         }
