@@ -39,8 +39,8 @@ impl Filesystem for Reexport {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.0.lookup(parent, name) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.0.lookup(req.pid(), parent, name) {
             Ok((attr, ttl)) => reply.entry_with_ttls(&ttl, &TTL, &attr, Generation(0)),
             Err(e) => reply.error(e.into()),
         }

@@ -64,8 +64,7 @@ impl Shared {
         Ok(listed)
     }
 
-    /// Adds entries with their attributes until the reply is full, or one cannot be
-    /// looked at: that is for who asks for the next ones.
+    /// Adds entries with their attributes until the reply is full.
     pub(super) fn add_plus(
         &self,
         id: INodeNo,
@@ -77,7 +76,6 @@ impl Shared {
         let path = self.path(id)?;
         let folder = self.source.list(&path)?;
         let dev = rustix::fs::fstat(&folder)?.st_dev;
-        let mut added = false;
         for (index, entry) in entries.iter().enumerate().skip(offset as usize) {
             let next = index as u64 + 1;
             let is_dots = matches!(entry.name.as_bytes(), b"." | b"..");
@@ -90,13 +88,14 @@ impl Shared {
                 match rustix::fs::statat(&folder, &entry.name, flags) {
                     // Gone meanwhile.
                     Err(rustix::io::Errno::NOENT) => continue,
-                    // Another mount's: its name is shown, as by readdir.
-                    Ok(stat) if stat.st_dev != dev => {
-                        (self.enter(&inside, &entry_attr(entry)).0, NO_TTL)
+                    Ok(stat) if stat.st_dev == dev => {
+                        self.enter(&inside, &attr::of_stat(&stat), false)
                     }
-                    Ok(stat) => self.enter(&inside, &attr::of_stat(&stat)),
-                    Err(_) if added => break,
-                    Err(e) => return Err(e.into()),
+                    // Another mount's, which may be dead: a name, as by readdir.
+                    Ok(_) | Err(_) => {
+                        let named = self.enter(&inside, &entry_attr(entry), false);
+                        (named.0, NO_TTL)
+                    }
                 }
             };
             let name = &entry.name;
@@ -106,7 +105,6 @@ impl Shared {
                 }
                 break;
             }
-            added = true;
         }
         Ok(())
     }

@@ -3,8 +3,9 @@
 //! The kernel wants all opens of an inode that it serves from a backing file to
 //! have the same one, none of them cached pages beside it, and shows one size for
 //! all; what one of them reads into the page cache, all read. So all that have a
-//! node open have it open in one way, from the same bytes. A version of a file
-//! that is open has a node of its own, and so has each way of opening it. Whoever
+//! node open have it open in one way, from the same bytes. Each version of a file
+//! has a node of its own, since nobody can tell when the kernel comes to note what
+//! it was answered; and so has each way of opening it. Whoever
 //! opens a node that is not the right one gets ESTALE, upon which the kernel looks
 //! the name up again, and finds another. fs/fuse/iomode.c, Linux 6.9.
 
@@ -13,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fuser::FileAttr;
+use fuser::{FileAttr, FileType};
 
 use super::attr::Version;
 use crate::reader::Edition;
@@ -99,9 +100,8 @@ enum State<B> {
         pages: Arc<Pages>,
         opens: u32,
     },
-    Direct {
-        opens: u32,
-    },
+    /// To its end, also when nobody has it open.
+    Direct { opens: u32 },
 }
 
 #[derive(Debug)]
@@ -116,16 +116,91 @@ struct Node<B> {
 }
 
 impl<B> Node<B> {
+    fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed { .. })
+    }
+
     /// Whether it shows what was opened until it is closed.
     fn is_frozen(&self) -> bool {
         matches!(self.state, State::Whole { .. } | State::Ranges { .. })
     }
 
-    /// Notes what its file shows now, unless it is frozen.
-    fn show(&mut self, attr: &FileAttr) {
+    /// Whether it can be what its path shows now, and notes that. What programs may
+    /// write is of whichever version.
+    fn takes(&mut self, attr: &FileAttr) -> bool {
+        if (self.attr.ino, self.attr.kind) != (attr.ino, attr.kind) {
+            return false;
+        }
+        let any = attr.kind != FileType::RegularFile || matches!(self.state, State::Direct { .. });
+        if !any && Version::of_attr(&self.attr) != Version::of_attr(attr) {
+            return false;
+        }
         if !self.is_frozen() {
             self.attr = *attr;
         }
+        true
+    }
+
+    /// See [`Nodes::admit`].
+    fn admit<E>(
+        &mut self,
+        version: Option<Version>,
+        wanted: Wanted,
+        back: impl FnOnce() -> Result<B, E>,
+    ) -> Result<Admission<B>, E> {
+        let shown = version.is_none_or(|version| Version::of_attr(&self.attr) == version);
+        match (&mut self.state, wanted) {
+            _ if !shown => {}
+            (State::Closed { .. }, Wanted::Whole(snapshot)) => {
+                let backing = Arc::new(back()?);
+                self.state = State::Whole {
+                    id: snapshot,
+                    backing: Arc::clone(&backing),
+                    opens: 1,
+                };
+                return Ok(Admission::Whole(backing));
+            }
+            (State::Closed { pages: left }, Wanted::Ranges(edition)) => {
+                let keep = edition.is_certain() && *left == Some(edition);
+                let pages = Arc::new(Pages {
+                    clean: AtomicBool::new(keep),
+                    tainted: AtomicBool::new(false),
+                });
+                self.state = State::Ranges {
+                    edition,
+                    pages: Arc::clone(&pages),
+                    opens: 1,
+                };
+                return Ok(Admission::Ranges { keep, pages });
+            }
+            (State::Closed { .. }, Wanted::Direct) => {
+                self.state = State::Direct { opens: 1 };
+                return Ok(Admission::Direct);
+            }
+            (State::Whole { id, backing, opens }, Wanted::Whole(snapshot)) if *id == snapshot => {
+                *opens += 1;
+                return Ok(Admission::Whole(Arc::clone(backing)));
+            }
+            (
+                State::Ranges {
+                    edition: open,
+                    pages,
+                    opens,
+                },
+                Wanted::Ranges(edition),
+            ) if *open == edition => {
+                *opens += 1;
+                let keep = edition.is_certain() && pages.is_clean();
+                let pages = Arc::clone(pages);
+                return Ok(Admission::Ranges { keep, pages });
+            }
+            (State::Direct { opens }, Wanted::Direct) => {
+                *opens += 1;
+                return Ok(Admission::Direct);
+            }
+            _ => {}
+        }
+        Ok(Admission::Stale)
     }
 }
 
@@ -148,31 +223,34 @@ impl<B> Nodes<B> {
     }
 
     /// The number of the node that a path leads to now that it shows these
-    /// attributes; the kernel knows it once more.
-    pub(super) fn enter(&mut self, path: &Path, attr: &FileAttr) -> u64 {
-        if let Some(&id) = self.current.get(path)
-            && let Some(node) = self.by_id.get_mut(&id)
-            && (node.attr.ino, node.attr.kind) == (attr.ino, attr.kind)
-        {
-            let same = Version::of_attr(&node.attr) == Version::of_attr(attr);
-            if same || !node.is_frozen() {
-                node.show(attr);
-                node.lookups += 1;
-                return id;
-            }
-        }
+    /// attributes; the kernel knows it once more. `alone`: one that no other finds
+    /// before it is open, for who must not come too late again.
+    pub(super) fn enter(&mut self, path: &Path, attr: &FileAttr, alone: bool) -> u64 {
         let own = attr.ino.0;
-        let id = if own > ROOT && own < MADE_UP && !self.by_id.contains_key(&own) {
+        let has_own = own > ROOT && own < MADE_UP && !self.by_id.contains_key(&own);
+        if !alone
+            && let Some(&id) = self.current.get(path)
+            && let Some(node) = self.by_id.get_mut(&id)
+            // Made up for want of the file's own, which is free by now.
+            && !(has_own && node.is_closed())
+            && node.takes(attr)
+        {
+            node.lookups += 1;
+            return id;
+        }
+        let id = if has_own {
             own
         } else {
             self.next += 1;
             self.next
         };
-        let path: Arc<Path> = match self.current.remove_entry(path) {
-            Some((path, _)) => path,
+        let path: Arc<Path> = match self.current.get_key_value(path) {
+            Some((path, _)) => Arc::clone(path),
             None => path.into(),
         };
-        self.current.insert(Arc::clone(&path), id);
+        if !alone {
+            self.current.insert(Arc::clone(&path), id);
+        }
         let node = Node {
             path,
             lookups: 1,
@@ -212,17 +290,13 @@ impl<B> Nodes<B> {
     }
 
     /// Notes what a node's path leads to now, and what the node is to show then;
-    /// `None` where that is another file.
+    /// `None` where that is another file, or another version.
     pub(super) fn show(&mut self, id: u64, attr: &FileAttr) -> Option<FileAttr> {
         let Some(node) = self.by_id.get_mut(&id) else {
             // The root, which is what it is.
             return Some(*attr);
         };
-        if (node.attr.ino, node.attr.kind) != (attr.ino, attr.kind) {
-            return None;
-        }
-        node.show(attr);
-        Some(node.attr)
+        node.takes(attr).then_some(node.attr)
     }
 
     /// Whether a node is open to be read by the kernel.
@@ -248,66 +322,17 @@ impl<B> Nodes<B> {
         let Some(node) = self.by_id.get_mut(&id) else {
             return Ok(Admission::Stale);
         };
-        let shown = version.is_none_or(|version| Version::of_attr(&node.attr) == version);
-        match (&mut node.state, wanted) {
-            // The next lookup tells the kernel.
-            (State::Closed { .. }, _) if !shown => return Ok(Admission::Stale),
-            (State::Closed { .. }, Wanted::Whole(snapshot)) => {
-                let backing = Arc::new(back()?);
-                node.state = State::Whole {
-                    id: snapshot,
-                    backing: Arc::clone(&backing),
-                    opens: 1,
-                };
-                return Ok(Admission::Whole(backing));
+        let admitted = node.admit(version, wanted, back)?;
+        let current = self.current.get(&node.path);
+        if matches!(admitted, Admission::Stale) {
+            // The next lookup has to find another node.
+            if current == Some(&id) {
+                self.current.remove(&node.path);
             }
-            (State::Closed { pages: left }, Wanted::Ranges(edition)) => {
-                let keep = edition.is_certain() && *left == Some(edition);
-                let pages = Arc::new(Pages {
-                    clean: AtomicBool::new(keep),
-                    tainted: AtomicBool::new(false),
-                });
-                node.state = State::Ranges {
-                    edition,
-                    pages: Arc::clone(&pages),
-                    opens: 1,
-                };
-                return Ok(Admission::Ranges { keep, pages });
-            }
-            (State::Closed { .. }, Wanted::Direct) => {
-                node.state = State::Direct { opens: 1 };
-                return Ok(Admission::Direct);
-            }
-            (State::Whole { id, backing, opens }, Wanted::Whole(snapshot))
-                if shown && *id == snapshot =>
-            {
-                *opens += 1;
-                return Ok(Admission::Whole(Arc::clone(backing)));
-            }
-            (
-                State::Ranges {
-                    edition: open,
-                    pages,
-                    opens,
-                },
-                Wanted::Ranges(edition),
-            ) if shown && *open == edition => {
-                *opens += 1;
-                let keep = edition.is_certain() && pages.is_clean();
-                let pages = Arc::clone(pages);
-                return Ok(Admission::Ranges { keep, pages });
-            }
-            (State::Direct { opens }, Wanted::Direct) => {
-                *opens += 1;
-                return Ok(Admission::Direct);
-            }
-            _ => {}
+        } else if current.is_none() {
+            self.current.insert(Arc::clone(&node.path), id);
         }
-        // The next lookup has to find another node.
-        if self.current.get(&node.path) == Some(&id) {
-            self.current.remove(&node.path);
-        }
-        Ok(Admission::Stale)
+        Ok(admitted)
     }
 
     /// One who had a node open has closed it. What is handed back is to be dropped
@@ -320,7 +345,7 @@ impl<B> Nodes<B> {
             }
             State::Closed { .. } => return None,
         };
-        *opens -= 1;
+        *opens = opens.saturating_sub(1);
         if *opens > 0 {
             return None;
         }
@@ -328,7 +353,11 @@ impl<B> Nodes<B> {
             State::Ranges { edition, pages, .. } if pages.is_clean() => Some(*edition),
             _ => None,
         };
-        match std::mem::replace(&mut node.state, State::Closed { pages }) {
+        let closed = match &node.state {
+            State::Direct { .. } => State::Direct { opens: 0 },
+            _ => State::Closed { pages },
+        };
+        match std::mem::replace(&mut node.state, closed) {
             State::Whole { backing, .. } => Some(backing),
             _ => None,
         }

@@ -66,6 +66,8 @@ struct World {
     opens: Vec<Open>,
     /// What the name was last found to be.
     entry: u64,
+    /// The versions that the kernel was told of nodes, whenever it comes to note them.
+    told: HashMap<u64, Vec<u64>>,
     refused: u32,
 }
 
@@ -78,13 +80,14 @@ impl World {
             writable: false,
         };
         let mut nodes = Nodes::new();
-        let entry = nodes.enter(Path::new(PATH), &clip.attr());
+        let entry = nodes.enter(Path::new(PATH), &clip.attr(), false);
         Self {
             clip,
             nodes,
             inodes: HashMap::new(),
             opens: Vec::new(),
             entry,
+            told: HashMap::from([(entry, vec![1])]),
             refused: 0,
         }
     }
@@ -123,7 +126,24 @@ impl World {
         }
     }
 
+    fn tell(&mut self, node: u64, attr: &FileAttr) {
+        let seconds = attr.mtime.duration_since(std::time::UNIX_EPOCH);
+        let told = self.told.entry(node).or_default();
+        told.push(seconds.unwrap().as_secs());
+    }
+
+    fn look_up(&mut self, alone: bool) {
+        let attr = self.clip.attr();
+        self.entry = self.nodes.enter(Path::new(PATH), &attr, alone);
+        self.tell(self.entry, &attr);
+    }
+
     fn open(&mut self, node: u64, way: Option<Way>) {
+        let of_one = self.told[&node].iter().all(|t| *t == self.clip.seconds);
+        assert!(
+            of_one || matches!(way, None | Some(Way::Direct)),
+            "the kernel may have another version's size"
+        );
         match way {
             Some(way) => self.opens.push(Open {
                 node,
@@ -140,7 +160,7 @@ impl World {
         if first.is_some() {
             return self.open(self.entry, first);
         }
-        self.entry = self.nodes.enter(Path::new(PATH), &self.clip.attr());
+        self.look_up(true);
         let second = self.try_open(self.entry, true);
         assert!(second.is_some(), "nothing changed in between");
         self.open(self.entry, second);
@@ -251,7 +271,16 @@ impl World {
             }
             17 => self.clip.whole ^= true,
             18 => self.clip.writable ^= which.is_multiple_of(4),
-            _ => self.entry = self.nodes.enter(Path::new(PATH), &self.clip.attr()),
+            19 => self.look_up(false),
+            // Answers of lookups that another makes, or of getattr.
+            _ => {
+                let id = self.entry;
+                self.look_up(false);
+                self.entry = id;
+                if let Some(attr) = self.nodes.show(id, &self.clip.attr()) {
+                    self.tell(id, &attr);
+                }
+            }
         }
     }
 }
@@ -260,7 +289,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
     #[test]
     fn no_open_is_refused_and_no_page_is_anothers(
-        steps in prop::collection::vec((0_u8..20, 0_usize..100), 1..150)
+        steps in prop::collection::vec((0_u8..22, 0_usize..100), 1..150)
     ) {
         let mut world = World::new();
         for (what, which) in steps {

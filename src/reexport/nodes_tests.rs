@@ -55,12 +55,12 @@ fn a_clip_that_becomes_whole_gets_another_node_while_it_is_open() {
     let shown = attr(7, 100, 1);
     let version = Version::of_attr(&shown);
     let by_ranges = Wanted::Ranges(edition(version, 1));
-    let id = nodes.enter(path(), &shown);
+    let id = nodes.enter(path(), &shown, false);
     assert_eq!(id, 7);
     let first = open(&mut nodes, id, &shown, by_ranges);
     assert_eq!(first, "ranges, keep false");
     assert_eq!(open(&mut nodes, id, &shown, Wanted::Whole(A)), "stale");
-    let second = nodes.enter(path(), &shown);
+    let second = nodes.enter(path(), &shown, false);
     assert_ne!(second, id);
     assert_eq!(open(&mut nodes, second, &shown, Wanted::Whole(A)), "whole");
     assert_eq!(open(&mut nodes, second, &shown, Wanted::Whole(A)), "whole");
@@ -72,14 +72,14 @@ fn a_clip_that_becomes_whole_gets_another_node_while_it_is_open() {
     );
     // Evicted, and by ranges again: a third; and one more that programs may write.
     assert_eq!(open(&mut nodes, second, &shown, by_ranges), "stale");
-    let third = nodes.enter(path(), &shown);
+    let third = nodes.enter(path(), &shown, false);
     assert_eq!(third, MADE_UP + 2);
     assert_eq!(
         open(&mut nodes, third, &shown, by_ranges),
         "ranges, keep false"
     );
     assert_eq!(open(&mut nodes, third, &shown, Wanted::Direct), "stale");
-    let fourth = nodes.enter(path(), &shown);
+    let fourth = nodes.enter(path(), &shown, false);
     assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Direct), "direct");
     assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Direct), "direct");
     assert_eq!(open(&mut nodes, fourth, &shown, Wanted::Whole(A)), "stale");
@@ -99,22 +99,43 @@ fn a_clip_that_becomes_whole_gets_another_node_while_it_is_open() {
 fn another_snapshot_or_version_is_another_node() {
     let mut nodes = Nodes::new();
     let (old, new) = (attr(7, 100, 1), attr(7, 90, 2));
-    let id = nodes.enter(path(), &old);
+    let first = nodes.enter(path(), &old, false);
     // The version that was opened is not the one that the kernel was told of.
-    assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A)), "stale");
-    assert_eq!(nodes.enter(path(), &new), id, "nobody has it open");
+    assert_eq!(open(&mut nodes, first, &new, Wanted::Whole(A)), "stale");
+    let id = nodes.enter(path(), &new, false);
+    assert_ne!(id, first, "nobody knows when the kernel notes another size");
+    assert_eq!(nodes.show(first, &new).map(|attr| attr.size), None);
     assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(A)), "whole");
     assert_eq!(open(&mut nodes, id, &new, Wanted::Whole(B)), "stale");
-    let other = nodes.enter(path(), &new);
+    let other = nodes.enter(path(), &new, false);
     assert_ne!(other, id);
     assert_eq!(open(&mut nodes, other, &new, Wanted::Whole(B)), "whole");
     // An open node shows what was opened, whatever came after.
     let newer = attr(7, 5, 3);
-    assert_eq!(nodes.show(id, &newer).unwrap().size, 90);
     assert_eq!(nodes.frozen(id).unwrap().size, 90);
-    let newest = nodes.enter(path(), &newer);
+    let newest = nodes.enter(path(), &newer, false);
     assert!(newest != other && newest != id);
     assert_eq!(nodes.frozen(newest), None);
+    // Once it is free, a file has its own number again.
+    assert!(newest > MADE_UP && first == 7);
+    nodes.forget(first, 1);
+    assert_eq!(nodes.enter(path(), &newer, false), 7);
+    assert_eq!(nodes.enter(path(), &newer, false), 7);
+}
+
+#[test]
+fn who_was_told_to_look_again_finds_a_node_that_no_other_opens() {
+    let mut nodes = Nodes::new();
+    let shown = attr(7, 100, 1);
+    let first = nodes.enter(path(), &shown, false);
+    let alone = nodes.enter(path(), &shown, true);
+    assert_ne!(alone, first);
+    assert_eq!(nodes.enter(path(), &shown, false), first);
+    assert_eq!(open(&mut nodes, first, &shown, Wanted::Whole(A)), "whole");
+    assert_eq!(open(&mut nodes, first, &shown, Wanted::Whole(B)), "stale");
+    assert_eq!(open(&mut nodes, alone, &shown, Wanted::Whole(B)), "whole");
+    // Open, it is for all.
+    assert_eq!(nodes.enter(path(), &shown, false), alone);
 }
 
 #[test]
@@ -122,7 +143,7 @@ fn pages_are_kept_only_of_one_edition() {
     let mut nodes = Nodes::new();
     let shown = attr(7, 100, 1);
     let version = Version::of_attr(&shown);
-    let id = nodes.enter(path(), &shown);
+    let id = nodes.enter(path(), &shown, false);
     let mut reopen = |file: Option<u64>, taint: bool| {
         let edition = match file {
             Some(file) => edition(version, file),
@@ -169,7 +190,7 @@ fn pages_of_an_older_version_are_dropped_by_all_until_one_has() {
     let mut nodes = Nodes::new();
     let shown = attr(7, 100, 1);
     let version = Version::of_attr(&shown);
-    let id = nodes.enter(path(), &shown);
+    let id = nodes.enter(path(), &shown, false);
     let (old, new) = (edition(version, 1), edition(version, 2));
     let (_, pages) = by_ranges(&mut nodes, id, old);
     pages.were_dropped();
@@ -193,8 +214,8 @@ fn pages_of_an_older_version_are_dropped_by_all_until_one_has() {
 fn what_the_kernel_forgets_is_gone() {
     let mut nodes: Nodes<()> = Nodes::new();
     let shown = attr(7, 100, 1);
-    let id = nodes.enter(path(), &shown);
-    assert_eq!(nodes.enter(path(), &shown), id);
+    let id = nodes.enter(path(), &shown, false);
+    assert_eq!(nodes.enter(path(), &shown, false), id);
     nodes.forget(id, 1);
     assert_eq!(nodes.path(id).as_deref(), Some(path()));
     nodes.forget(id, 1);
@@ -203,26 +224,30 @@ fn what_the_kernel_forgets_is_gone() {
     assert!(nodes.current.is_empty());
     assert_eq!(nodes.path(ROOT).as_deref(), Some(Path::new("")));
     // A later file of the same number, at another path, beside one that is known.
-    let one = nodes.enter(Path::new("x"), &shown);
-    let other = nodes.enter(Path::new("y"), &shown);
+    let one = nodes.enter(Path::new("x"), &shown, false);
+    let other = nodes.enter(Path::new("y"), &shown, false);
     assert!(one == 7 && other >= MADE_UP);
     // A forgotten node does not take the path from its successor.
     let folder = FileAttr {
         kind: FileType::Directory,
         ..shown
     };
-    let successor = nodes.enter(Path::new("x"), &folder);
+    let successor = nodes.enter(Path::new("x"), &folder, false);
     assert!(nodes.show(one, &folder).is_none());
     assert!(nodes.show(successor, &folder).is_some());
     nodes.forget(one, 1);
-    assert_eq!(nodes.enter(Path::new("x"), &folder), successor);
+    assert_eq!(nodes.current.get(Path::new("x")), Some(&successor));
+    // Nor does the successor, when it is forgotten, from who has the file's own number.
+    assert_eq!(nodes.enter(Path::new("x"), &folder, false), 7);
+    nodes.forget(successor, 1);
+    assert_eq!(nodes.current.get(Path::new("x")), Some(&7));
 }
 
 #[test]
 fn a_backing_file_that_cannot_be_registered_opens_nothing() {
     let mut nodes: Nodes<()> = Nodes::new();
     let shown = attr(7, 100, 1);
-    let id = nodes.enter(path(), &shown);
+    let id = nodes.enter(path(), &shown, false);
     let version = Version::of_attr(&shown);
     let failed = nodes.admit(id, Some(version), Wanted::Whole(A), || Err("no"));
     assert_eq!(failed.unwrap_err(), "no");

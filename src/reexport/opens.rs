@@ -39,11 +39,13 @@ impl Paged {
         }
         let n = self.file.read_at(buffer, offset)?;
         self.check()?;
-        if n < buffer.len() {
-            // The kernel would take it for the end.
-            return Err(io::Error::from_raw_os_error(nix::libc::EIO));
+        if n == buffer.len() {
+            return Ok(());
         }
-        Ok(())
+        // Less is what was read before an error, which comes again; or an end that
+        // is none, which the kernel would believe.
+        self.file.read_at(&mut buffer[n..], offset + n as u64)?;
+        Err(io::Error::from_raw_os_error(nix::libc::EIO))
     }
 
     /// Whether what was read just now was of the edition. Also what came through
@@ -146,6 +148,15 @@ impl Retries {
         all.insert((thread, Arc::clone(path)), Instant::now());
     }
 
+    /// Whether a thread was told.
+    pub(super) fn has(&self, thread: u32, path: &Path) -> bool {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        !all.is_empty()
+            && all
+                .get(&(thread, path.into()))
+                .is_some_and(|at| at.elapsed() < COMES_BACK_WITHIN)
+    }
+
     /// Whether a thread comes back.
     pub(super) fn take(&self, thread: u32, path: &Arc<Path>) -> bool {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -206,8 +217,9 @@ mod tests {
         assert!(!retries.take(1, &path));
         retries.add(1, &path);
         assert!(!retries.take(2, &path) && !retries.take(1, &other));
+        assert!(retries.has(1, &path) && !retries.has(2, &path));
         assert!(retries.take(1, &path));
-        assert!(!retries.take(1, &path));
+        assert!(!retries.take(1, &path) && !retries.has(1, &path));
     }
 
     #[test]

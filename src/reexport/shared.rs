@@ -111,17 +111,24 @@ impl Shared {
 
     /// The attributes that the kernel is told, with the node's number in place of
     /// the file's, and for how long they hold.
-    pub(super) fn enter(&self, path: &Path, found: &FileAttr) -> (FileAttr, Duration) {
-        let id = lock(&self.nodes).enter(path, found);
+    pub(super) fn enter(&self, path: &Path, found: &FileAttr, alone: bool) -> (FileAttr, Duration) {
+        let id = lock(&self.nodes).enter(path, found, alone);
         let ttl = if id == found.ino.0 { TTL } else { NO_TTL };
         let ino = INodeNo(id);
         (FileAttr { ino, ..*found }, ttl)
     }
 
-    pub(super) fn lookup(&self, parent: INodeNo, name: &OsStr) -> io::Result<(FileAttr, Duration)> {
+    pub(super) fn lookup(
+        &self,
+        thread: u32,
+        parent: INodeNo,
+        name: &OsStr,
+    ) -> io::Result<(FileAttr, Duration)> {
         let path = join(&self.path(parent)?, name);
         let found = attr::of(self.source.at(&path)?)?;
-        Ok(self.enter(&path, &found))
+        // Who comes back gets a node that no other opens before.
+        let alone = self.retries.has(thread, &path);
+        Ok(self.enter(&path, &found, alone))
     }
 
     pub(super) fn attributes(&self, id: INodeNo) -> io::Result<FileAttr> {
