@@ -125,6 +125,15 @@ impl Watch {
     pub fn stats(&self) -> Stats {
         self.0.stats()
     }
+
+    /// To be called now and then, and does something once a second at most: lets go
+    /// of snapshots of clips that are gone, which keep blocks of unlinked cache
+    /// files, and of memory that nobody uses any more.
+    pub fn sweep(&self) {
+        if let Some(snapshots) = &self.0.snapshots {
+            snapshots.sweep();
+        }
+    }
 }
 
 impl Unmounter {
@@ -132,7 +141,8 @@ impl Unmounter {
     /// who have some may go on as long as it is served. Whether that was so.
     ///
     /// # Errors
-    /// Those of umount(2), or of fusermount3.
+    /// Those of umount(2), or of fusermount3; where it is covered by another mount,
+    /// or in use and another is mounted below it: it is then still there.
     pub fn unmount(&self) -> io::Result<bool> {
         match self.place.unmount(false) {
             Ok(()) => Ok(false),
@@ -247,7 +257,7 @@ impl Mounted {
         let failed = |what: String| Error::Failed(format!("`{}`: {what}", self.point.display()));
         self.session.run().map_err(|e| failed(e.to_string()))?;
         if self.end.0.place.is_mounted().unwrap_or(false) {
-            let what = "its connection was aborted; unmounted: start it anew";
+            let what = "its connection was aborted; it is unmounted, if it can be: start anew";
             return Err(failed(what.to_owned()));
         }
         Ok(self.shared.stats())

@@ -228,8 +228,15 @@ impl Snapshots {
         result
     }
 
-    /// As [`open`](Self::open), if that can be told without asking rclone, and
-    /// without waiting.
+    /// Once a second at most: lets go of snapshots of clips that are gone, as each
+    /// [`open`](Self::open) does.
+    #[cfg(feature = "mount")]
+    pub(crate) fn sweep(&self) {
+        self.store.sweep();
+    }
+
+    /// As [`open`](Self::open), if that can be told without a proof, and without
+    /// waiting for who makes one.
     #[cfg(feature = "mount")]
     pub(crate) fn current(&self, clip: BorrowedFd<'_>) -> Option<Whole> {
         if optin::from_env() == OptIn::Killed {

@@ -6,19 +6,22 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::clips::{CLIP, cache_file};
+use common::clips::{CLIP, cache_file, options};
 use common::exec::{bytes_of, clips, each};
 use common::reexport::*;
-use common::{assert_fails, eventually, program, stderr};
+use common::{assert_fails, content, eventually, program, put, rig_with, stderr};
 use nix::libc::{ESTALE, EXDEV};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vmafx_bypass::rig::RigOptions;
 
 /// Opens anew what a descriptor refers to, whatever its name leads to.
 fn again(file: &File) -> std::io::Result<File> {
@@ -280,4 +283,130 @@ fn of_many_that_mount_at_one_place_one_does() {
     let unmounted = Command::new("fusermount3").arg("-u").arg(&point).status();
     assert!(unmounted.unwrap().success());
     assert_eq!(mounts_at(&point), 0);
+}
+
+#[test]
+fn mounts_of_others_are_not_unmounted_but_waited_for() {
+    let rig = clips();
+    let tmpfs = |point: &Path| {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "another"]).arg(point);
+        assert!(mount.status().unwrap().success());
+    };
+    let umount = |point: &Path| {
+        let status = Command::new("umount").arg(point).status();
+        assert!(status.unwrap().success());
+    };
+    // Above it, and below it.
+    for below in ["", "sub"] {
+        let mut shown = Reexport::start(&rig.mountpoint(), PASSED);
+        let other = if below.is_empty() {
+            shown.path()
+        } else {
+            shown.join(below)
+        };
+        tmpfs(&other);
+        fs::write(other.join("data"), "x").unwrap();
+        let held = File::open(other.join("data")).unwrap();
+        shown.signal(Signal::SIGTERM);
+        // Longer than what is open may keep it.
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(shown.is_mounted());
+        assert_eq!(fs::read(other.join("data")).unwrap(), b"x");
+        drop(held);
+        umount(&other);
+        let (status, _) = shown.wait();
+        assert_eq!(status.code(), Some(0));
+        assert!(!shown.is_mounted());
+    }
+}
+
+#[test]
+fn what_is_evicted_is_let_go_also_when_nobody_opens_anything() {
+    let rig = clips();
+    let shown = Reexport::start(&rig.mountpoint(), PASSED);
+    for name in [CLIP, "b", "sub/deep/other"] {
+        fs::read(shown.join(name)).unwrap();
+    }
+    let deleted = || {
+        let folder = format!("/proc/{}/fd", shown.pid());
+        let links = fs::read_dir(folder).unwrap();
+        links
+            .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+            .filter(|target| target.to_string_lossy().contains("vfs"))
+            .count()
+    };
+    assert!(deleted() >= 6, "{}", deleted());
+    for tree in ["vfs", "vfsMeta"] {
+        fs::remove_dir_all(rig.cache().join(tree)).unwrap();
+    }
+    eventually("nothing is held", || deleted() == 0);
+}
+
+/// Sets a flag, also when a test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn clips_that_change_while_they_are_listed_are_read_to_their_end() {
+    let remote = tempfile::tempdir().unwrap();
+    for n in 0..200 {
+        put(remote.path(), &format!("f{n}"), b"x");
+    }
+    let size_of = |n: u32| 100_000 + n as usize % 7 * 30_000;
+    let write = |n: u32| {
+        let new = remote.path().join(".new");
+        fs::write(&new, content(n, size_of(n))).unwrap();
+        fs::rename(new, remote.path().join(CLIP)).unwrap();
+    };
+    write(0);
+    let arguments = ["--attr-timeout=0s", "--dir-cache-time=100ms"];
+    let options = RigOptions {
+        remote: Some(remote.path().to_str().unwrap().into()),
+        ..options(Path::new("rclone"), &arguments)
+    };
+    let rig = rig_with(options, |_| ());
+    for args in [PASSED, RANGES] {
+        let shown = Reexport::start(&rig.mountpoint(), args);
+        let stop = AtomicBool::new(false);
+        let goes_on = || !stop.load(Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            let _stop = Stop(&stop);
+            scope.spawn(|| {
+                while goes_on() {
+                    shell(&shown.path(), "ls -l >/dev/null");
+                }
+            });
+            scope.spawn(|| {
+                for n in (0..7).cycle() {
+                    if !goes_on() {
+                        break;
+                    }
+                    write(n);
+                    std::thread::sleep(Duration::from_millis(300));
+                }
+            });
+            let began = Instant::now();
+            let mut opens = 0;
+            while began.elapsed() < Duration::from_secs(6) {
+                let Ok(file) = File::open(shown.join(CLIP)) else {
+                    continue;
+                };
+                let size = file.metadata().unwrap().len() as usize;
+                let mut bytes = Vec::new();
+                if (&file).read_to_end(&mut bytes).is_ok() {
+                    assert_eq!(bytes.len(), size, "an end that is none");
+                    let version = (0..7).find(|n| size_of(*n) == size).unwrap();
+                    assert!(bytes == content(version, size), "another version's bytes");
+                    opens += 1;
+                }
+            }
+            assert!(opens > 20, "only {opens}");
+        });
+    }
 }

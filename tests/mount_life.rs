@@ -226,46 +226,58 @@ fn readers_that_wait_for_the_source_hold_up_no_other() {
     for args in [PASSED, RANGES] {
         each(|rig| {
             let shown = Reexport::start(&rig.mountpoint(), args);
-            let held = File::open(shown.join(CLIP)).unwrap();
-            // Known to the kernel: rclone need not be asked for their names.
-            let partial: Vec<_> = (0..20)
-                .map(|_| File::open(shown.join(PARTIAL)).unwrap())
-                .collect();
             let daemon = Pid::from_raw(rig.daemon().unwrap() as i32);
-            kill(daemon, Signal::SIGSTOP).unwrap();
-            let size = bytes_of(PARTIAL).len();
-            let expected = bytes_of(PARTIAL);
-            std::thread::scope(|scope| {
-                let waiting: Vec<_> = partial
-                    .iter()
-                    .enumerate()
-                    .map(|(n, file)| {
-                        let offset = size - (n + 1) * 200_000;
-                        scope.spawn(move || {
-                            let mut bytes = vec![0; 4096];
-                            file.read_exact_at(&mut bytes, offset as u64).unwrap();
-                            (offset, bytes)
-                        })
-                    })
-                    .collect();
-                std::thread::sleep(Duration::from_millis(300));
-                let mut bytes = vec![0; 100_000];
-                held.read_exact_at(&mut bytes, 2_000_000).unwrap();
-                let right = bytes == bytes_of(CLIP)[2_000_000..][..100_000];
-                let waited = waiting
-                    .iter()
-                    .filter(|thread| !thread.is_finished())
-                    .count();
-                kill(daemon, Signal::SIGCONT).unwrap();
-                assert!(right);
-                assert!(waited > 10, "only {waited} waited");
-                for thread in waiting {
-                    let (offset, bytes) = thread.join().unwrap();
-                    assert!(bytes == expected[offset..][..4096]);
-                }
-            });
+            // By ranges rclone is asked once a second whether a clip is current: on a
+            // busy machine that may come in between.
+            let tries = (0..10).map(|n| not_held_up(&shown, daemon, n));
+            assert_eq!(tries.into_iter().find(|good| *good), Some(true));
         });
     }
+}
+
+/// Whether a clip is read while many readers of another wait for rclone; of the
+/// other each time another part.
+fn not_held_up(shown: &Reexport, daemon: Pid, n: usize) -> bool {
+    let expected = bytes_of(PARTIAL);
+    let held = File::open(shown.join(CLIP)).unwrap();
+    held.read_exact_at(&mut [0], 0).unwrap();
+    // Known to the kernel: rclone need not be asked for their names.
+    let partial: Vec<_> = (0..20)
+        .map(|_| File::open(shown.join(PARTIAL)).unwrap())
+        .collect();
+    kill(daemon, Signal::SIGSTOP).unwrap();
+    let (right, waited) = std::thread::scope(|scope| {
+        let waiting: Vec<_> = partial
+            .iter()
+            .enumerate()
+            .map(|(k, file)| {
+                let offset = expected.len() - (k + 1) * 200_000 - (n + 1) * 16_384;
+                scope.spawn(move || {
+                    let mut bytes = vec![0; 4096];
+                    file.read_exact_at(&mut bytes, offset as u64).unwrap();
+                    (offset, bytes)
+                })
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(200));
+        let reader = scope.spawn(|| {
+            let mut bytes = vec![0; 100_000];
+            held.read_exact_at(&mut bytes, 2_000_000).unwrap();
+            bytes == bytes_of(CLIP)[2_000_000..][..100_000]
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        let in_time = reader.is_finished();
+        let waited = waiting.iter().filter(|thread| !thread.is_finished());
+        let waited = waited.count();
+        kill(daemon, Signal::SIGCONT).unwrap();
+        assert!(reader.join().unwrap(), "wrong bytes");
+        for thread in waiting {
+            let (offset, bytes) = thread.join().unwrap();
+            assert!(bytes == expected[offset..][..4096]);
+        }
+        (in_time, waited)
+    });
+    right && waited > 10
 }
 
 #[test]

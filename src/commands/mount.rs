@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 use crate::cli::{Format, MountArgs, MountSnapshot, Passthrough};
 use crate::exit::{self, Coded, Exit};
 use crate::output::{self, JsonPath, Notes, SCHEMA, human_bytes, write_json};
-use crate::signals::{Interrupted, Signals};
+use crate::signals::Signals;
 
 /// How long readers that have files open may go on after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -90,6 +91,8 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
         leave_what_was_inherited();
     }
     raise_descriptor_limit();
+    let unmounted = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&unmounted);
     let (tell, told_end) = mpsc::channel::<reexport::Unmounter>();
     let interrupted = signals.watch(move || {
         // While it is being mounted, the source may hang: then it ends without.
@@ -97,7 +100,9 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
             return;
         };
         // Where others hold it, it ends for them when this process does.
-        if !matches!(end.unmount(), Ok(false)) {
+        let lazily = unmount(&end);
+        done.store(true, Ordering::SeqCst);
+        if lazily {
             std::thread::sleep(GRACE);
         }
     });
@@ -130,10 +135,31 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
     }
     let stopped = std::thread::Builder::new().name("vmafx-mount".into());
     let serving = stopped.spawn(move || mounted.serve()).context("a thread")?;
-    let stats = wait(serving, &interrupted, &watch)?;
+    let stats = wait(serving, &unmounted, &watch)?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     told.ended(&stats)?;
     Ok(Exit::Done)
+}
+
+/// Unmounts, as soon as no mount of others stands in the way: a mount that nobody
+/// serves would take what is below it along. Whether files are open on it.
+fn unmount(end: &reexport::Unmounter) -> bool {
+    const INTERVAL: Duration = Duration::from_millis(200);
+    let mut told = false;
+    loop {
+        match end.unmount() {
+            Ok(lazily) => return lazily,
+            Err(e) => {
+                if !told {
+                    output::report(format!(
+                        "mount: not unmounted yet: {e}: unmount that; a second signal ends it so"
+                    ));
+                }
+                told = true;
+                std::thread::sleep(INTERVAL);
+            }
+        }
+    }
 }
 
 /// Nobody may read what is told; it is served nevertheless.
@@ -159,21 +185,23 @@ fn leave_what_was_inherited() {
     }
 }
 
-/// Until it is unmounted and closed; after a signal no longer than the grace.
+/// Until it is unmounted and closed; once a signal has unmounted it, no longer than
+/// the grace.
 fn wait(
     serving: std::thread::JoinHandle<Result<Stats, Error>>,
-    interrupted: &Interrupted,
+    unmounted: &AtomicBool,
     watch: &reexport::Watch,
 ) -> Result<Stats> {
     const INTERVAL: Duration = Duration::from_millis(20);
     let mut left = GRACE;
     while !serving.is_finished() {
-        if interrupted.exit().is_some() {
+        if unmounted.load(Ordering::SeqCst) {
             if left.is_zero() {
                 return Ok(watch.stats());
             }
             left = left.saturating_sub(INTERVAL);
         }
+        watch.sweep();
         std::thread::sleep(INTERVAL);
     }
     let served = serving.join();

@@ -17,8 +17,8 @@ use nix::mount::{MntFlags, MsFlags, mount as mount_call, umount2};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use super::source::unique_mount_id;
-use crate::mounts::{Dev, MountTable};
+use super::source::{mount_id, unique_mount_id};
+use crate::mounts::{Dev, Mount, MountTable};
 
 /// The mount options that are flags of mount(2).
 const FLAGS: &[(&str, MsFlags)] = &[
@@ -165,8 +165,10 @@ fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
 pub(super) struct Place {
     dev: Dev,
     point: PathBuf,
-    /// `None` before Linux 6.8.
-    id: Option<u64>,
+    /// As the mount table has it: a later mount may have it, too.
+    id: u64,
+    /// No later one has it. `None` before Linux 6.8.
+    unique: Option<u64>,
 }
 
 impl Place {
@@ -177,7 +179,8 @@ impl Place {
         last.is_reexport().then(|| Self {
             dev: last.dev,
             point: point.to_path_buf(),
-            id: mount_id(point),
+            id: last.id,
+            unique: unique_at(point),
         })
     }
 
@@ -188,23 +191,53 @@ impl Place {
     /// Whether it is still mounted, here or elsewhere.
     pub(super) fn is_mounted(&self) -> io::Result<bool> {
         let table = MountTable::read()?;
-        let mut ours = table
+        let reached = self.points(&table).any(|point| self.is_at(point));
+        Ok(reached || self.is_covered(&table))
+    }
+
+    /// Where there are mounts of what is served here: it, and its bind mounts.
+    fn points<'a>(&self, table: &'a MountTable) -> impl Iterator<Item = &'a Path> {
+        let dev = self.dev;
+        let ours = table
             .iter()
-            .filter(|m| m.is_reexport() && m.dev == self.dev);
-        Ok(ours.any(|m| self.is_at(&m.point)))
+            .filter(move |m| m.is_reexport() && m.dev == dev);
+        ours.map(|m| m.point.as_path())
+    }
+
+    /// Whether it is there, and its path leads to another mount, above it.
+    fn is_covered(&self, table: &MountTable) -> bool {
+        let ours = table
+            .iter()
+            .find(|m| m.id == self.id && m.is_reexport() && m.dev == self.dev);
+        ours.is_some_and(|m| id_at(&m.point).is_some_and(|id| id != self.id))
     }
 
     /// Unmounts it, and what is bound to it elsewhere; `lazily` also while files
     /// are open.
+    ///
+    /// # Errors
+    /// Those of umount(2); where it is covered by another mount, or another is
+    /// mounted below it, which would go with it.
     pub(super) fn unmount(&self, lazily: bool) -> io::Result<()> {
+        let busy = |what: String| io::Error::new(io::ErrorKind::ResourceBusy, what);
         let table = MountTable::read()?;
-        let ours = table
-            .iter()
-            .filter(|m| m.is_reexport() && m.dev == self.dev);
-        let mut points: Vec<_> = ours.map(|m| m.point.as_path()).collect();
+        let mut points: Vec<_> = self.points(&table).collect();
         points.reverse();
         if !points.iter().any(|point| self.is_at(point)) {
+            if self.is_covered(&table) {
+                return Err(busy("another mount covers it".into()));
+            }
             return Ok(());
+        }
+        let below = |m: &&Mount| {
+            m.dev != self.dev
+                && points
+                    .iter()
+                    .any(|p| m.point != *p && m.point.starts_with(p))
+        };
+        if lazily && let Some(other) = table.iter().find(below) {
+            let point = other.point.display();
+            return Err(busy(format!("`{point}` is mounted below it")));
         }
         for point in points {
             if Self::at(point).is_some_and(|last| last.dev == self.dev) {
@@ -215,9 +248,9 @@ impl Place {
     }
 
     fn is_at(&self, point: &Path) -> bool {
-        match self.id {
-            Some(id) => mount_id(point) == Some(id),
-            None => self.point == point,
+        match self.unique {
+            Some(unique) => unique_at(point) == Some(unique),
+            None => self.point == point && id_at(point) == Some(self.id),
         }
     }
 }
@@ -233,10 +266,18 @@ pub(super) fn reserve(point: &Path) -> io::Result<OwnedFd> {
     Ok(folder)
 }
 
-fn mount_id(point: &Path) -> Option<u64> {
+fn root_at(point: &Path) -> Option<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = rustix::fs::open(point, flags, Mode::empty()).ok()?;
-    unique_mount_id(root).ok()?
+    rustix::fs::open(point, flags, Mode::empty()).ok()
+}
+
+fn unique_at(point: &Path) -> Option<u64> {
+    unique_mount_id(root_at(point)?).ok()?
+}
+
+/// As the mount table has it.
+fn id_at(point: &Path) -> Option<u64> {
+    mount_id(root_at(point)?).ok()
 }
 
 fn unmount_at(point: &Path, lazily: bool) -> io::Result<()> {

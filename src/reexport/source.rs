@@ -65,7 +65,7 @@ impl Source {
     }
 
     fn mount_of(root: impl AsFd) -> io::Result<Mount> {
-        let id = statx(root, StatxFlags::MNT_ID)?.stx_mnt_id;
+        let id = mount_id(root)?;
         let table = Locator::with(|locator| Ok(locator.table()));
         let table = table.map_err(|e| io::Error::other(e.to_string()))?;
         let mount = table.by_id(id).filter(|mount| mount.is_rclone());
@@ -120,6 +120,11 @@ impl Source {
         }
         Err(Errno::AGAIN.into())
     }
+}
+
+/// The id of the mount that a file is on, as the mount table has it.
+pub(super) fn mount_id(file: impl AsFd) -> io::Result<u64> {
+    Ok(statx(file, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
 /// The id of the mount that a file is on, which no other gets; `None` before
