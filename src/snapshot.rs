@@ -94,6 +94,7 @@ pub struct Whole {
     pub size: u64,
     /// The clip's modification time, which its snapshot's file system may not have
     /// room for.
+    #[cfg_attr(not(feature = "mount"), allow(dead_code))]
     pub(crate) modified: Timestamp,
     /// Whether the snapshot existed already.
     pub reused: bool,
