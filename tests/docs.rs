@@ -37,7 +37,9 @@ const TESTS: &str = concat!(
     include_str!("mount.rs"),
     include_str!("mount_changes.rs"),
     include_str!("mount_kernel.rs"),
+    include_str!("mount_edges.rs"),
     include_str!("mount_life.rs"),
+    include_str!("../src/reexport/nodes_model.rs"),
     include_str!("torture/main.rs"),
 );
 
