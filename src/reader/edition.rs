@@ -107,6 +107,11 @@ impl BypassFile {
         Ok((edition, generation))
     }
 
+    /// Bytes that came through FUSE up to now.
+    pub(crate) fn fuse_bytes(&self) -> u64 {
+        self.counters.fuse()
+    }
+
     /// Whether the file that is read past FUSE is the clip's to this moment; false
     /// while there is none.
     pub(crate) fn is_proven_still(&self) -> bool {

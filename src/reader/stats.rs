@@ -39,6 +39,13 @@ impl Counters {
         self.by_reason[reason as usize].fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    /// Bytes that came through FUSE.
+    #[cfg(feature = "mount")]
+    pub(super) fn fuse(&self) -> u64 {
+        let load = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed);
+        self.by_reason.iter().map(load).sum()
+    }
+
     pub(super) fn snapshot(&self) -> ReadStats {
         ReadStats {
             cache_bytes: self.cache.load(Ordering::Relaxed),

@@ -37,15 +37,21 @@ impl Paged {
         if self.drops {
             self.pages.were_dropped();
         }
+        let before = self.file.fuse_bytes();
         let n = self.file.read_at(buffer, offset)?;
+        if self.file.fuse_bytes() != before {
+            // While a clip changes, rclone's own mount has pages that are of neither
+            // version, zeros too, until somebody opens the clip: nor do ours last.
+            self.pages.taint();
+        }
         self.check()?;
         if n == buffer.len() {
             return Ok(());
         }
         // Less is what was read before an error, which comes again; or an end that
-        // is none, which the kernel would believe.
+        // is none of this version's, which the kernel would believe.
         self.file.read_at(&mut buffer[n..], offset + n as u64)?;
-        Err(io::Error::from_raw_os_error(nix::libc::EIO))
+        Err(io::Error::from_raw_os_error(nix::libc::ESTALE))
     }
 
     /// Whether what was read just now was of the edition. Also what came through
