@@ -19,7 +19,7 @@ mod verify;
 mod whole;
 
 use std::fmt;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -83,7 +83,7 @@ const NOT_PULLED: u64 = u64::MAX;
 ///
 /// [`read_at`](Self::read_at) takes `&self`: any number of threads may read at
 /// once. [`Read`] and [`Seek`] have a position, and a buffer that makes small
-/// sequential reads cheap.
+/// sequential reads cheap; [`BufRead`] lends it.
 pub struct BypassFile {
     companion: Companion,
     /// Who may prove it, if we may not.
@@ -406,6 +406,26 @@ impl Read for BypassFile {
         let n = result?;
         self.position += n as u64;
         Ok(n)
+    }
+}
+
+/// Without a copy: what is read ahead is lent as it is. Bytes that were lent are of
+/// the moment when they were read, at most 20 ms before the call that lent them.
+impl BufRead for BypassFile {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        let mut ahead = std::mem::take(&mut self.ahead);
+        let result = ahead.have(self, self.position);
+        self.ahead = ahead;
+        result?;
+        Ok(self.ahead.rest(self.position))
+    }
+
+    fn consume(&mut self, n: usize) {
+        let n = n.min(self.ahead.rest(self.position).len());
+        let mut ahead = std::mem::take(&mut self.ahead);
+        ahead.used(self, self.position, n);
+        self.ahead = ahead;
+        self.position += n as u64;
     }
 }
 

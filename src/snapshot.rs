@@ -10,6 +10,7 @@ mod copy;
 #[cfg(feature = "mount")]
 mod huge;
 mod live;
+mod map;
 mod memory;
 mod reflink;
 mod store;
@@ -26,6 +27,7 @@ use crate::cache::proof::Timestamp;
 use crate::optin::{self, OptIn};
 use crate::reader::{Shown, Vigil, WholeClip};
 use crate::reason::{Reason, Refusal};
+pub use map::Mapped;
 pub use reflink::has_reflinks;
 use store::{Charge, Slot, Store};
 

@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{BufRead, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,61 @@ fn a_cached_clip_comes_from_the_cache_alone() {
         let mut tail = Vec::new();
         file.read_to_end(&mut tail).unwrap();
         assert_eq!(tail, bytes[bytes.len() - 5..]);
+    });
+}
+
+#[test]
+fn what_is_lent_is_what_is_read() {
+    let options = ["--buffer-size=0", "--vfs-read-chunk-size=128k"];
+    each_rclone(3 * MIB + 77, &options, |rig, bytes| {
+        // A part of it in the cache, more by reading it, and all.
+        fuse_range(&clip(rig), MIB as u64, MIB + MIB / 2);
+        for whole in [false, true] {
+            if whole {
+                rig.cache_whole(Path::new(CLIP)).unwrap();
+            }
+            let mut file = open(rig);
+            let mut at = 0_usize;
+            let mut step = 1;
+            loop {
+                let lent = file.fill_buf().unwrap();
+                if lent.is_empty() {
+                    break;
+                }
+                // Again it is the same, and no more is used than was said.
+                let n = lent.len().min(step);
+                assert!(lent[..n] == bytes[at..at + n], "{at}");
+                file.consume(n);
+                at += n;
+                step = step * 5 % 99_991 + 1;
+                if step % 7 == 0 {
+                    // A plain read goes on where that was.
+                    let mut part = [0; 300];
+                    let n = file.read(&mut part).unwrap();
+                    assert!(part[..n] == bytes[at..at + n], "{at}");
+                    at += n;
+                }
+            }
+            assert_eq!(at, bytes.len());
+            let stats = file.stats();
+            if whole {
+                assert_eq!((stats.fuse_bytes(), stats.cache_bytes), (0, at as u64));
+            } else {
+                assert!(stats.fuse_bytes() > 0 && stats.cache_bytes > MIB as u64);
+            }
+            // Anywhere, and at the end.
+            for offset in [2 * MIB + 5, 17, bytes.len() - 9, bytes.len(), 1 << 40] {
+                file.seek(SeekFrom::Start(offset as u64)).unwrap();
+                let lent = file.fill_buf().unwrap();
+                let there = bytes.get(offset..).unwrap_or_default();
+                assert_eq!(lent.is_empty(), there.is_empty(), "{offset}");
+                assert!(lent == &there[..lent.len()]);
+            }
+            file.rewind().unwrap();
+            let lines = file.by_ref().lines().take(20_000).map(Result::unwrap);
+            let text: String = lines.map(|line| line + "\n").collect();
+            assert!(text.as_bytes() == &bytes[..text.len()] && text.len() == 320_000);
+        }
     });
 }
 

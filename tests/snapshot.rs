@@ -20,6 +20,36 @@ use vmafx_bypass::Reason;
 use vmafx_bypass::snapshot::{SnapshotKind, SnapshotMode};
 
 #[test]
+fn a_whole_clip_is_mapped_and_stays_as_it_was() {
+    each_place(WHOLE, &[], |rig, kind| {
+        let bytes = content(1, 8 * MIB);
+        let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
+        let whole = ask(&snapshots, &clip(rig)).unwrap();
+        assert_eq!(whole.kind, kind);
+        let map = whole.map().unwrap();
+        drop(whole);
+        assert!(*map == bytes[..]);
+        // Cut, changed, evicted: whoever reads the mapping is not told.
+        let cached = cache_file(rig, "vfs", CLIP);
+        fs::write(&cached, "short").unwrap();
+        fs::remove_file(&cached).unwrap();
+        drop(snapshots);
+        assert!(*map == bytes[..]);
+    });
+    each_rclone(MIB, &[], |rig, _| {
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        let off = snapshots(SnapshotMode::Off, 0);
+        let mut live = None;
+        // rclone may still have it open.
+        eventually("the cache file itself", || {
+            live = ask(&off, &clip(rig)).ok();
+            live.is_some()
+        });
+        assert_eq!(live.unwrap().map().unwrap_err().reason, Reason::Live);
+    });
+}
+
+#[test]
 fn a_clip_is_handed_over_whole() {
     each_place(WHOLE, &[], |rig, kind| {
         let bytes = content(1, 8 * MIB);

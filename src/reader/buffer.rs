@@ -12,6 +12,9 @@ const CAPACITY: usize = 256 << 10;
 /// Reads of at least this many bytes gain nothing: the copy costs them more than
 /// a pread(2) and fstat(2) of their own (measured; 64 KiB reads gain 2 %).
 const SMALL: usize = 128 << 10;
+/// Bytes that `BufRead` reads at once where it does not go on from the last read,
+/// and through FUSE: what nobody may want.
+const UNASKED: usize = 64 << 10;
 /// Buffered bytes are not returned once they are this old, milliseconds. A
 /// program that reads fast has used them up long before; for one that reads
 /// slowly, to read them again costs a thousandth of its time.
@@ -30,6 +33,9 @@ pub(super) struct ReadAhead {
     generation: u64,
     /// Where the last read ended: a read from there on is sequential.
     next: u64,
+    /// Whether the bytes came through FUSE; they are counted then, and for
+    /// `BufRead` alone.
+    by_fuse: bool,
 }
 
 impl ReadAhead {
@@ -43,14 +49,18 @@ impl ReadAhead {
         if self.generation != file.generation.load(Ordering::Acquire) {
             self.length = 0;
         }
-        let mut n = self.copy(out, position);
+        let mut n = if self.by_fuse {
+            0
+        } else {
+            self.copy(out, position)
+        };
         if n > 0 {
             file.counters.add_cache(n);
         } else {
             if out.len() < SMALL
                 && position == self.next
                 && file.may_read_ahead()
-                && self.fill(file, position)
+                && self.fill(file, position, CAPACITY)
             {
                 n = self.copy(out, position);
                 file.counters.add_cache(n);
@@ -65,23 +75,59 @@ impl ReadAhead {
         Ok(n)
     }
 
+    /// Has bytes from `position` on, unless the file ends there: for
+    /// [`rest`](Self::rest).
+    pub(super) fn have(&mut self, file: &BypassFile, position: u64) -> io::Result<()> {
+        if self.generation != file.generation.load(Ordering::Acquire) {
+            self.length = 0;
+        }
+        if !self.rest(position).is_empty() && !self.is_old() {
+            return Ok(());
+        }
+        let goes_on = position == self.next;
+        let wanted = if goes_on { CAPACITY } else { UNASKED };
+        if file.may_read_ahead() && self.fill(file, position, wanted) {
+            return Ok(());
+        }
+        self.begin(file, position);
+        self.by_fuse = true;
+        // One range of it may be proven by now, and is counted as such.
+        self.length = file.read_once(&mut self.bytes[..UNASKED], position)?;
+        Ok(())
+    }
+
+    /// What there is from `position` on, however old.
+    pub(super) fn rest(&self, position: u64) -> &[u8] {
+        let skip = position.checked_sub(self.start).map(|n| n as usize);
+        let rest = skip.and_then(|skip| self.bytes.get(skip..self.length));
+        rest.unwrap_or_default()
+    }
+
+    /// So many bytes from `position` on were used.
+    pub(super) fn used(&mut self, file: &BypassFile, position: u64, n: usize) {
+        if !self.by_fuse {
+            file.counters.add_cache(n);
+        }
+        self.next = position + n as u64;
+    }
+
+    fn is_old(&self) -> bool {
+        coarse_ms().saturating_sub(self.filled_ms) >= MAX_AGE_MS
+    }
+
     /// Copies what the buffer has from `position` on.
     fn copy(&self, out: &mut [u8], position: u64) -> usize {
-        let Some(skip) = position.checked_sub(self.start).map(|n| n as usize) else {
-            return 0;
-        };
-        if skip >= self.length || coarse_ms().saturating_sub(self.filled_ms) >= MAX_AGE_MS {
+        let rest = self.rest(position);
+        if rest.is_empty() || self.is_old() {
             return 0;
         }
-        let n = out.len().min(self.length - skip);
-        out[..n].copy_from_slice(&self.bytes[skip..skip + n]);
+        let n = out.len().min(rest.len());
+        out[..n].copy_from_slice(&rest[..n]);
         n
     }
 
-    /// Fills the buffer if the cache is proven at `position`. What is not is
-    /// left to FUSE in the caller's own sizes: to read ahead there could make
-    /// rclone download what nobody asked for.
-    fn fill(&mut self, file: &BypassFile, position: u64) -> bool {
+    /// Empties it, to be filled at `position`.
+    fn begin(&mut self, file: &BypassFile, position: u64) {
         if self.bytes.is_empty() {
             self.bytes = vec![0; CAPACITY];
         }
@@ -89,7 +135,15 @@ impl ReadAhead {
         self.filled_ms = coarse_ms();
         self.generation = file.generation.load(Ordering::Acquire);
         self.start = position;
-        if let Outcome::Cache(n) = file.read_proven(&mut self.bytes, position) {
+        self.by_fuse = false;
+    }
+
+    /// Fills the buffer if the cache is proven at `position`. What is not is
+    /// left to FUSE in the caller's own sizes: to read ahead there could make
+    /// rclone download what nobody asked for.
+    fn fill(&mut self, file: &BypassFile, position: u64, wanted: usize) -> bool {
+        self.begin(file, position);
+        if let Outcome::Cache(n) = file.read_proven(&mut self.bytes[..wanted], position) {
             self.length = n;
         }
         self.length > 0
