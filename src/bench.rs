@@ -5,6 +5,7 @@
 //! it. Then every run opens it anew, as a program would, since an open drops
 //! FUSE's page cache; opening is timed apart from reading. Nothing here prints.
 
+mod case;
 mod engine;
 mod gate;
 mod offsets;
@@ -13,24 +14,17 @@ mod plan;
 mod remount;
 mod statistics;
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
-pub use gate::{Check, Gate, Verdict};
+pub use gate::{Baseline, Check, Gate, Verdict};
 pub use plan::{Engine, Pattern, Plan};
-pub use statistics::Percentiles;
+pub use statistics::{Percentiles, Spread};
 
-use crate::BypassOptions;
-use engine::{Opened, Ways};
-use offsets::random_offsets;
-
-/// Opens of one run, at most.
-const OPENS: usize = 50;
+use case::Case;
+use engine::Ways;
 
 /// One engine's result for one clip, pattern and block size.
 #[derive(Debug, Clone, Serialize)]
@@ -46,24 +40,33 @@ pub struct Measurement {
     pub block_size: usize,
     /// Readers at once.
     pub streams: u32,
-    /// Every sample in order, nanoseconds: of a whole clip if sequential, of
-    /// one read if random, of an open and one read if open.
+    /// Every sample in order, nanoseconds: of a whole clip if sequential, by all
+    /// readers; of one read if random, of an open and one read if open.
     pub samples_ns: Vec<u64>,
     /// Every open, nanoseconds; not part of the samples.
     pub open_ns: Vec<u64>,
     /// Of the samples.
     #[serde(flatten)]
     pub percentiles: Percentiles,
-    /// By the median sample.
+    /// Of the samples.
+    pub spread: Spread,
+    /// By the median sample, of all readers.
     pub bytes_per_s: f64,
     /// FUSE's median over this one's: how many times faster this is.
     pub ratio_to_fuse: Option<f64>,
+    /// Where the middle half of the runs have it, each compared with FUSE's run of
+    /// its round.
+    pub ratio_to_fuse_range: Option<[f64; 2]>,
     /// The raw file's median over this one's: 1 is as fast.
     pub ratio_to_raw: Option<f64>,
+    /// Likewise.
+    pub ratio_to_raw_range: Option<[f64; 2]>,
     /// Bytes that did not come from the cache, over all runs; of engines that tell.
     pub fuse_bytes: u64,
     /// Of the bytes read, in hexadecimal.
     pub sha256: String,
+    /// How often it was measured; this is the last time's.
+    pub tries: u32,
 }
 
 fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
@@ -135,274 +138,70 @@ pub enum BenchError {
 /// or a stop.
 pub fn measure(
     plan: &Plan,
+    progress: impl FnMut(&Path, Pattern, usize),
+    stop: impl FnMut() -> bool,
+) -> Result<Vec<Measurement>, BenchError> {
+    measure_where(plan, |_, _, _, _| true, progress, stop)
+}
+
+/// Measures again what was too slow, in place of what was measured: a busy moment
+/// is no regression. True where something was.
+///
+/// # Errors
+/// As of [`measure`].
+pub fn measure_again(
+    plan: &Plan,
+    verdict: &Verdict,
+    results: &mut [Measurement],
+    progress: impl FnMut(&Path, Pattern, usize),
+    stop: impl FnMut() -> bool,
+) -> Result<bool, BenchError> {
+    let missed: Vec<_> = results
+        .iter()
+        .filter(|result| verdict.missed(result))
+        .map(|r| (r.path.clone(), r.pattern, r.block_size, r.streams))
+        .collect();
+    let wanted = |clip: &Path, pattern, block_size, streams| {
+        missed.iter().any(|(path, of, size, readers)| {
+            path == clip && (*of, *size, *readers) == (pattern, block_size, streams)
+        })
+    };
+    for new in measure_where(plan, wanted, progress, stop)? {
+        let old = results.iter_mut().find(|old| {
+            (&old.path, old.engine, old.pattern) == (&new.path, new.engine, new.pattern)
+                && (old.block_size, old.streams) == (new.block_size, new.streams)
+        });
+        if let Some(old) = old {
+            let tries = old.tries + 1;
+            *old = Measurement { tries, ..new };
+        }
+    }
+    Ok(!missed.is_empty())
+}
+
+fn measure_where(
+    plan: &Plan,
+    wanted: impl Fn(&Path, Pattern, usize, u32) -> bool,
     mut progress: impl FnMut(&Path, Pattern, usize),
     mut stop: impl FnMut() -> bool,
 ) -> Result<Vec<Measurement>, BenchError> {
     let mut results = Vec::new();
     for clip in &plan.clips {
-        let ways = Ways::open(clip, &plan.engines)?;
+        let ways = Ways::open(clip, &plan.engines, plan.socket.as_deref())?;
         for &pattern in &plan.patterns {
             for &block_size in &plan.block_sizes {
-                progress(clip, pattern, block_size);
-                let options = engine::options(plan.socket.as_deref());
-                let case = Case::new(clip, pattern, block_size, &ways, options)?;
-                results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
+                for &streams in &plan.streams {
+                    if !wanted(clip, pattern, block_size, streams) {
+                        continue;
+                    }
+                    progress(clip, pattern, block_size);
+                    let case = Case::new(clip, pattern, block_size, streams, plan.cold, &ways)?;
+                    results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
+                }
             }
         }
     }
     Ok(results)
-}
-
-/// One clip, pattern and block size.
-struct Case<'a> {
-    clip: &'a Path,
-    pattern: Pattern,
-    block_size: usize,
-    size: u64,
-    /// Where random reads start.
-    offsets: Vec<u64>,
-    /// Where engines that mount have mounted.
-    ways: &'a Ways,
-    /// Which handover server is asked.
-    options: BypassOptions,
-}
-
-/// The samples of one engine as they come in.
-struct Series {
-    engine: Engine,
-    sha256: String,
-    samples_ns: Vec<u64>,
-    open_ns: Vec<u64>,
-    fuse_bytes: u64,
-}
-
-impl<'a> Case<'a> {
-    fn new(
-        clip: &'a Path,
-        pattern: Pattern,
-        block_size: usize,
-        ways: &'a Ways,
-        options: BypassOptions,
-    ) -> Result<Self, BenchError> {
-        let size = std::fs::metadata(clip)
-            .map_err(|error| BenchError::Io {
-                path: clip.into(),
-                error,
-            })?
-            .len();
-        let blocks = size / block_size as u64;
-        if blocks == 0 {
-            return Err(BenchError::TooShort {
-                path: clip.into(),
-                block_size,
-            });
-        }
-        let mut offsets = random_offsets(blocks, block_size as u64);
-        if pattern == Pattern::Open {
-            offsets.truncate(OPENS);
-        }
-        Ok(Self {
-            clip,
-            pattern,
-            block_size,
-            size,
-            offsets,
-            ways,
-            options,
-        })
-    }
-
-    fn measure(
-        &self,
-        engines: &[Engine],
-        runs: u32,
-        stop: &mut impl FnMut() -> bool,
-    ) -> Result<Vec<Measurement>, BenchError> {
-        let mut series = Vec::new();
-        for &engine in engines {
-            if stop() {
-                return Err(BenchError::Stopped);
-            }
-            series.push(self.checksum(engine)?);
-        }
-        let before: Vec<u64> = engines.iter().map(|e| self.ways.fuse_bytes(*e)).collect();
-        if let Some((first, rest)) = series.split_first()
-            && let Some(other) = rest.iter().find(|s| s.sha256 != first.sha256)
-        {
-            return Err(BenchError::Mismatch {
-                path: self.clip.into(),
-                engine: other.engine.name(),
-                reference: first.engine.name(),
-                pattern: self.pattern.name(),
-                block_size: self.block_size,
-            });
-        }
-        for run in 0..runs as usize {
-            // Another engine goes first each time: what one leaves behind in
-            // the CPU's caches helps or hinders each of the others as often.
-            let count = series.len();
-            for turn in 0..count {
-                if stop() {
-                    return Err(BenchError::Stopped);
-                }
-                self.run(&mut series[(run + turn) % count])?;
-            }
-        }
-        for (series, before) in series.iter_mut().zip(before) {
-            series.fuse_bytes += self.ways.fuse_bytes(series.engine) - before;
-        }
-        Ok(self.results(series))
-    }
-
-    fn io(&self, error: io::Error) -> BenchError {
-        BenchError::Io {
-            path: self.clip.into(),
-            error,
-        }
-    }
-
-    fn open(&self, engine: Engine) -> Result<Opened, BenchError> {
-        Opened::open(engine, self.clip, self.ways, &self.options)
-    }
-
-    /// Reads once as a run does, and hashes what was read.
-    fn checksum(&self, engine: Engine) -> Result<Series, BenchError> {
-        let mut file = self.open(engine)?;
-        let mut hash = Sha256::new();
-        self.read(&mut file, |bytes, _| hash.update(bytes))?;
-        let mut sha256 = String::with_capacity(64);
-        for byte in hash.finalize() {
-            use std::fmt::Write;
-            // Writing to a string does not fail.
-            let _ = write!(sha256, "{byte:02x}");
-        }
-        Ok(Series {
-            engine,
-            sha256,
-            samples_ns: Vec::new(),
-            open_ns: Vec::new(),
-            fuse_bytes: 0,
-        })
-    }
-
-    fn run(&self, series: &mut Series) -> Result<(), BenchError> {
-        // An open drops the pages that FUSE has cached, 15 ms for 100 MiB: not
-        // to be paid by whichever engine comes after the one that read them.
-        drop(File::open(self.clip).map_err(|e| self.io(e))?);
-        if self.pattern == Pattern::Open {
-            return self.open_and_read(series);
-        }
-        let opening = Instant::now();
-        let mut file = self.open(series.engine)?;
-        series.open_ns.push(opening.elapsed().as_nanos() as u64);
-        let started = Instant::now();
-        match self.pattern {
-            Pattern::Sequential => {
-                self.read(&mut file, |bytes, _| {
-                    std::hint::black_box(bytes);
-                })?;
-                series.samples_ns.push(started.elapsed().as_nanos() as u64);
-            }
-            Pattern::Random | Pattern::Open => self.read(&mut file, |bytes, ns| {
-                std::hint::black_box(bytes);
-                series.samples_ns.push(ns);
-            })?,
-        }
-        series.fuse_bytes += file.fuse_bytes();
-        Ok(())
-    }
-
-    /// Opens and reads one block, and closes, untimed, again and again.
-    fn open_and_read(&self, series: &mut Series) -> Result<(), BenchError> {
-        // The raw file's path comes from a proof, which is not raw's to pay.
-        let proven = match series.engine {
-            Engine::Raw => Some(Opened::raw_path(self.clip)?),
-            _ => None,
-        };
-        let mut block = vec![0; self.block_size];
-        for &offset in &self.offsets {
-            let started = Instant::now();
-            let file = match &proven {
-                Some(path) => Opened::Plain(File::open(path).map_err(|e| self.io(e))?),
-                None => self.open(series.engine)?,
-            };
-            series.open_ns.push(started.elapsed().as_nanos() as u64);
-            file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
-            series.samples_ns.push(started.elapsed().as_nanos() as u64);
-            std::hint::black_box(&block);
-            series.fuse_bytes += file.fuse_bytes();
-        }
-        Ok(())
-    }
-
-    /// Reads in the case's order; `each` gets every block, and how many
-    /// nanoseconds it took if random.
-    fn read(&self, file: &mut Opened, mut each: impl FnMut(&[u8], u64)) -> Result<(), BenchError> {
-        let mut block = vec![0; self.block_size];
-        match self.pattern {
-            Pattern::Sequential => {
-                let mut total = 0;
-                loop {
-                    let n = file.read(&mut block).map_err(|e| self.io(e))?;
-                    if n == 0 {
-                        break;
-                    }
-                    total += n as u64;
-                    each(&block[..n], 0);
-                }
-                if total != self.size {
-                    let error = io::Error::other("the clip changed while it was measured");
-                    return Err(self.io(error));
-                }
-            }
-            Pattern::Random | Pattern::Open => {
-                for &offset in &self.offsets {
-                    let started = Instant::now();
-                    let n = file.read_at(&mut block, offset).map_err(|e| self.io(e))?;
-                    let ns = started.elapsed().as_nanos() as u64;
-                    each(&block[..n], ns);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn results(&self, series: Vec<Series>) -> Vec<Measurement> {
-        let bytes = match self.pattern {
-            Pattern::Sequential => self.size,
-            Pattern::Random | Pattern::Open => self.block_size as u64,
-        };
-        let percentiles: Vec<_> = series
-            .iter()
-            .map(|s| (s.engine, Percentiles::of(&s.samples_ns)))
-            .collect();
-        let median = |engine| {
-            let found = percentiles.iter().find(|(e, _)| *e == engine);
-            found.map(|(_, p)| p.p50_ns as f64)
-        };
-        series
-            .into_iter()
-            .zip(&percentiles)
-            .map(|(series, (_, percentiles))| {
-                let own = percentiles.p50_ns.max(1) as f64;
-                Measurement {
-                    path: self.clip.to_path_buf(),
-                    engine: series.engine,
-                    pattern: self.pattern,
-                    block_size: self.block_size,
-                    streams: 1,
-                    samples_ns: series.samples_ns,
-                    open_ns: series.open_ns,
-                    percentiles: *percentiles,
-                    bytes_per_s: bytes as f64 / (own / 1e9),
-                    ratio_to_fuse: median(Engine::Fuse).map(|fuse| fuse / own),
-                    ratio_to_raw: median(Engine::Raw).map(|raw| raw / own),
-                    fuse_bytes: series.fuse_bytes,
-                    sha256: series.sha256,
-                }
-            })
-            .collect()
-    }
 }
 
 #[cfg(test)]
@@ -419,7 +218,9 @@ mod tests {
             engines: vec![Engine::Fuse, Engine::Bypass],
             patterns: vec![Pattern::Sequential, Pattern::Random, Pattern::Open],
             block_sizes: vec![4096],
+            streams: vec![1],
             runs: 3,
+            cold: false,
             socket: None,
         };
         let results = measure(&plan, |_, _, _| {}, || false).unwrap();
@@ -432,6 +233,14 @@ mod tests {
         assert_eq!(results[1].fuse_bytes, 300_000);
         assert_eq!(results[0].ratio_to_fuse, Some(1.0));
         assert_eq!(results[0].ratio_to_raw, None);
+        assert_eq!(results[1].ratio_to_fuse_range.unwrap().len(), 2);
+        plan.streams = vec![3];
+        let three = measure(&plan, |_, _, _| {}, || false).unwrap();
+        assert_eq!(three[0].samples_ns.len(), 3);
+        assert_eq!(three[0].open_ns.len(), 9);
+        assert_eq!(three[2].samples_ns.len(), 3 * 3 * 24);
+        assert_eq!(three[1].fuse_bytes, 900_000);
+        assert_eq!(three[0].sha256, results[0].sha256);
         let stopped = measure(&plan, |_, _, _| {}, || true);
         assert!(matches!(stopped, Err(BenchError::Stopped)));
         plan.engines = vec![Engine::Raw];

@@ -256,6 +256,14 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 7, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub runs: u32,
+    /// Readers at once, each with the clip open for itself.
+    #[arg(long, default_value = "1", value_delimiter = ',', value_name = "LIST",
+          value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub streams: Vec<u32>,
+    /// Drop the kernel's pages of the clip and of its cache file before each run:
+    /// what is read comes from the disk.
+    #[arg(long)]
+    pub cold: bool,
     /// What to compare.
     #[arg(
         long,
@@ -273,12 +281,35 @@ pub struct BenchArgs {
     /// one number, or by block size (`4KiB=12,64KiB=20`); sequential reads.
     #[arg(long, value_delimiter = ',', value_name = "RATIO")]
     pub gate: Vec<GateArg>,
+    /// Fail with exit 5 where an engine's ratio to FUSE is worse than in this
+    /// report, which `--format json` has written before, by more than
+    /// --max-regression.
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
+    /// How much of a ratio of the baseline may be lost.
+    #[arg(long, default_value = "10%", value_name = "PERCENT", value_parser = parse_percent)]
+    pub max_regression: f64,
+    /// Measure again, so often, what misses the gate or the baseline.
+    #[arg(long, default_value_t = 2, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub retries: u32,
+    /// Write what the gate and the baseline found as JUnit's XML, too.
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
     /// How to print results.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
+    #[arg(long, value_enum, default_value_t = BenchFormat::Text)]
+    pub format: BenchFormat,
     /// Write to this file; `-` is standard output.
     #[arg(short, long, default_value = "-", value_name = "FILE")]
     pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchFormat {
+    Text,
+    Json,
+    /// One file with pictures, and the JSON in it.
+    Html,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -297,8 +328,14 @@ pub enum Engine {
     Bypass,
     /// The same by a server's proof, even where the cache may be opened.
     Handover,
+    /// This program's reader, its buffer lent: no copy.
+    Bufread,
+    /// A snapshot of the clip, mapped.
+    Mmap,
     /// pread(2) on the cache file, without any proof.
     Raw,
+    /// A local copy of the clip, made for the purpose.
+    Copy,
     /// A mount of ours, the kernel reading from a reflink or copy.
     #[cfg(feature = "mount")]
     Mount,
@@ -366,6 +403,14 @@ fn parse_block_size(text: &str) -> Result<Size, String> {
     match text.parse()? {
         size @ Size(1..=0x1000_0000) => Ok(size),
         _ => Err("a block has 1 byte to 256MiB".into()),
+    }
+}
+
+/// A share, of `10%` or `10`.
+fn parse_percent(text: &str) -> Result<f64, String> {
+    match text.strip_suffix('%').unwrap_or(text).trim().parse::<f64>() {
+        Ok(percent) if (0.0..100.0).contains(&percent) => Ok(percent / 100.0),
+        _ => Err("not a share; write it as 10%".into()),
     }
 }
 

@@ -110,6 +110,161 @@ fn a_missed_gate_exits_with_5_and_names_the_figure() {
 }
 
 #[test]
+fn ways_without_a_copy_and_a_local_copy_read_the_same() {
+    need_root();
+    let mut args = SMALL.to_vec();
+    args.push("--engines=fuse,bypass,bufread,mmap,raw,copy");
+    args.push("--streams=1,3");
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let results = report["results"].as_array().unwrap();
+    // Engines, patterns, blocks, streams.
+    assert_eq!(results.len(), 6 * 2 * 2 * 2);
+    for result in results {
+        assert_eq!(result["fuse_bytes"], 0, "{result}");
+        let streams = result["streams"].as_u64().unwrap() as usize;
+        assert_eq!(result["open_ns"].as_array().unwrap().len(), 2 * streams);
+        let samples = result["samples_ns"].as_array().unwrap().len();
+        if result["pattern"] == "sequential" {
+            assert_eq!(samples, 2, "one for all readers: {result}");
+        } else {
+            assert_eq!(samples % (2 * streams), 0, "{result}");
+        }
+        let spread = |name: &str| result["spread"][name].as_u64().unwrap();
+        assert!(spread("low_ns") <= spread("high_ns"));
+        assert!(
+            result["ratio_to_fuse_range"][0].as_f64() <= result["ratio_to_fuse_range"][1].as_f64()
+        );
+    }
+    assert_eq!(results[0]["sha256"], results[4]["sha256"]);
+}
+
+#[test]
+fn cold_clips_come_from_the_disk_and_what_is_in_memory_is_refused() {
+    need_root();
+    let mut args = SMALL.to_vec();
+    args.extend(["--cold", "--engines=fuse,bypass,bufread,raw,copy"]);
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["environment"]["page_cache"], "cold");
+    *args.last_mut().unwrap() = "--engines=fuse,bypass,mmap";
+    assert_fails(&run(&args), 3, "never cold");
+}
+
+#[test]
+fn a_regression_is_measured_again_and_told() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let output = run(&SMALL);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    let write = |factor: f64| {
+        let mut then = report.clone();
+        for result in then["results"].as_array_mut().unwrap() {
+            let ratio = result["ratio_to_fuse"].as_f64().unwrap() * factor;
+            result["ratio_to_fuse"] = ratio.into();
+        }
+        std::fs::write(path("then"), then.to_string()).unwrap();
+    };
+    let then = format!("--baseline={}", path("then"));
+    let junit = format!("--junit={}", path("junit.xml"));
+    let mut args = SMALL.to_vec();
+    args.extend([then.as_str(), junit.as_str(), "--max-regression=90%"]);
+    write(0.5);
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let xml = std::fs::read_to_string(path("junit.xml")).unwrap();
+    assert!(
+        xml.contains("failures=\"0\"") && xml.contains("name=\"baseline\""),
+        "{xml}"
+    );
+    // No machine is as fast as that.
+    write(1e6);
+    args.retain(|arg| *arg != "-q");
+    let output = run(&args);
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(told.contains("measured again: `"), "{told}");
+    assert!(
+        told.contains("(it was ") && told.contains("measured 3 times"),
+        "{told}"
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["gate"]["pass"], false);
+    assert_eq!(report["gate"]["checks"][1]["tries"], 3);
+    assert_eq!(report["results"][0]["tries"], 3);
+    let xml = std::fs::read_to_string(path("junit.xml")).unwrap();
+    assert!(xml.contains("type=\"too slow\""), "{xml}");
+    std::fs::write(path("then"), "{}").unwrap();
+    assert_fails(&run(&args), 2, "then`: ");
+}
+
+/// Whether each element is ended, in order.
+fn is_balanced(html: &str) -> bool {
+    let mut open = Vec::new();
+    for tag in html.split('<').skip(1) {
+        let (tag, _) = tag.split_once('>').unwrap();
+        let name = tag.split([' ', '\n']).next().unwrap();
+        if let Some(name) = name.strip_prefix('/') {
+            if open.pop() != Some(name) {
+                return false;
+            }
+        } else if !tag.ends_with('/') && !["!doctype", "meta"].contains(&name) {
+            open.push(name);
+        }
+    }
+    open.is_empty()
+}
+
+#[test]
+fn a_page_needs_no_network_and_has_all_of_the_report() {
+    need_root();
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("bench.html");
+    let output = program()
+        .args([
+            "bench",
+            "--generate=4MiB",
+            "--runs=2",
+            "--block-size=4KiB",
+            "-q",
+        ])
+        .args(["--format=html", "--streams=1,2", "--gate=0.001"])
+        .args([
+            "--pattern=sequential,random,open",
+            "--engines=fuse,bypass,mmap,raw",
+        ])
+        .arg("--output")
+        .arg(&page)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let html = std::fs::read_to_string(&page).unwrap();
+    let (shown, json) = html
+        .split_once("<script type=\"application/json\" id=\"report\">")
+        .unwrap();
+    let (json, rest) = json.split_once("</script>").unwrap();
+    assert!(is_balanced(&format!("{shown}{rest}")));
+    for foreign in ["http://", "https://", " src=", "<link", "url(", "@import"] {
+        // The daemon's own address is text.
+        let shown = shown.replace("http://127.0.0.1", "");
+        assert!(!shown.contains(foreign), "{foreign}");
+    }
+    let report: Value = serde_json::from_str(json).unwrap();
+    assert_eq!(report["results"].as_array().unwrap().len(), 4 * 3 * 2);
+    // A chart of latencies for each pattern of single reads, and one of readers for
+    // each pattern.
+    assert_eq!(shown.matches("<svg ").count(), 2 + 3);
+    assert_eq!(shown.matches("<table>").count(), 3);
+    assert_eq!(shown.matches("<polyline ").count(), 4 * 5);
+    assert!(shown.contains("Gate: pass") && shown.contains("prefers-color-scheme: dark"));
+}
+
+#[test]
 fn without_rclone_there_is_nothing_to_generate() {
     need_root();
     let output = run(&["bench", "--generate=1MiB", "--rclone=/no/such", "-q"]);

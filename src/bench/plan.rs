@@ -14,8 +14,15 @@ pub enum Engine {
     Bypass,
     /// The same, by the proof of a handover server.
     Handover,
+    /// [`BypassFile`](crate::BypassFile) by `BufRead`, which lends its buffer;
+    /// at random as `bypass`.
+    Bufread,
+    /// A snapshot, mapped: each open proves the clip, and maps it.
+    Mmap,
     /// read(2) and pread(2) on the cache file, without any proof.
     Raw,
+    /// read(2) and pread(2) on a local copy of the clip, which is made before.
+    Copy,
     /// read(2) and pread(2) through a mount of ours, the kernel reading from a
     /// snapshot.
     #[cfg(feature = "mount")]
@@ -32,12 +39,26 @@ impl Engine {
             Self::Fuse => "fuse",
             Self::Bypass => "bypass",
             Self::Handover => "handover",
+            Self::Bufread => "bufread",
+            Self::Mmap => "mmap",
             Self::Raw => "raw",
+            Self::Copy => "copy",
             #[cfg(feature = "mount")]
             Self::Mount => "mount",
             #[cfg(feature = "mount")]
             Self::MountRanges => "mount_ranges",
         }
+    }
+}
+
+impl Engine {
+    /// Whether what it reads may be not in memory.
+    pub(super) fn can_be_cold(self) -> bool {
+        #[cfg(feature = "mount")]
+        if self == Self::Mount {
+            return false;
+        }
+        self != Self::Mmap
     }
 }
 
@@ -75,8 +96,13 @@ pub struct Plan {
     pub patterns: Vec<Pattern>,
     /// Bytes per read, each at least 1.
     pub block_sizes: Vec<usize>,
+    /// Readers at once, each at least 1.
+    pub streams: Vec<u32>,
     /// Measured runs of each, at least 1.
     pub runs: u32,
+    /// Whether the kernel's pages of the clip, and of its cache file, are dropped
+    /// before each run: what is read then comes from the disk.
+    pub cold: bool,
     /// The handover server; `None`: the one that `VMAFX_BYPASS_SOCKET` names.
     pub socket: Option<PathBuf>,
 }

@@ -1,17 +1,23 @@
 //! `bench`: FUSE, the bypass and the raw cache file, side by side.
 
+mod chart;
 mod environment;
+mod html;
+mod junit;
 mod report;
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use vmafx_bypass::bench::{self, BenchError, Engine, Gate, Pattern, Plan, Verdict};
+use vmafx_bypass::bench::{
+    self, Baseline, BenchError, Check, Engine, Gate, Pattern, Plan, Verdict,
+};
 use vmafx_bypass::rig::{Rig, RigOptions};
 
-use crate::cli::{self, BenchArgs, Format};
+use crate::cli::{self, BenchArgs};
 use crate::exit::{Coded, Exit};
 use crate::output::{Notes, Sink, human_bytes};
 use crate::signals::{Interrupted, Signals};
@@ -28,6 +34,12 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         .collect();
     let mut plan = plan(args);
     check_gates(&gates, &plan)?;
+    let baseline = args.baseline.as_deref().map(|path| baseline(path, args));
+    let baseline = baseline.transpose()?;
+    if baseline.is_some() && !plan.engines.contains(&Engine::Fuse) {
+        let text = "--baseline compares with fuse: add fuse to --engines";
+        return Err(Coded::error(Exit::Usage, text));
+    }
 
     let interrupted = signals.watch(|| {});
     // Kept until the end: dropped, it unmounts and cleans up.
@@ -43,19 +55,30 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         plan.clips = vec![made.mountpoint().join(CLIP)];
         rig = Some(made);
     }
-    let results = bench::measure(
-        &plan,
-        |clip, pattern, block_size| {
-            notes.detail(format_args!(
-                "measuring `{}`, {}, blocks of {}",
-                clip.display(),
-                pattern.name(),
-                human_bytes(block_size as u64)
-            ));
-        },
-        || interrupted.exit().is_some(),
-    );
-    let results = match results {
+    let progress = |clip: &Path, pattern: Pattern, block_size: usize| {
+        notes.detail(format_args!(
+            "measuring `{}`, {}, blocks of {}",
+            clip.display(),
+            pattern.name(),
+            human_bytes(block_size as u64)
+        ));
+    };
+    let stop = || interrupted.exit().is_some();
+    let judge = |results: &[_]| Verdict::of(&gates, baseline.as_ref(), results);
+    let measure = || {
+        let mut results = bench::measure(&plan, progress, stop)?;
+        for _ in 0..args.retries {
+            let verdict = judge(&results);
+            if !bench::measure_again(&plan, &verdict, &mut results, progress, stop)? {
+                break;
+            }
+            for check in verdict.checks.iter().filter(|check| !check.pass) {
+                notes.note(format_args!("measured again: {}", described(check)));
+            }
+        }
+        Ok(results)
+    };
+    let results = match measure() {
         Ok(results) => results,
         Err(BenchError::Stopped) => return Ok(stopped(&interrupted)),
         Err(error @ BenchError::Mismatch { .. }) => {
@@ -66,18 +89,25 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         }
         Err(error) => return Err(error.into()),
     };
-    let verdict = (!gates.is_empty()).then(|| Verdict::of(&gates, &results));
-    let environment = environment::Environment::read(&plan.clips, args.generate.is_some());
+    let judged = !gates.is_empty() || baseline.is_some();
+    let verdict = judged.then(|| judge(&results));
+    let environment = environment::Environment::read(&plan, args.generate.is_some());
     drop(rig);
 
     let report = report::Report::new(&environment, &results, verdict.as_ref(), args.runs);
     let mut sink = Sink::open(&args.output)?;
     let text = match args.format {
-        Format::Json => report.json()?,
-        Format::Text => report.text(),
+        cli::BenchFormat::Json => report.json()?,
+        cli::BenchFormat::Text => report.text(),
+        cli::BenchFormat::Html => html::page(&report)?,
     };
     sink.write(text.as_bytes())?;
     sink.finish()?;
+    if let (Some(path), Some(verdict)) = (&args.junit, &verdict) {
+        let mut sink = Sink::open(path)?;
+        sink.write(junit::xml(verdict)?.as_bytes())?;
+        sink.finish()?;
+    }
 
     for result in results.iter().filter(|r| r.fuse_bytes > 0) {
         notes.note(format_args!(
@@ -104,18 +134,45 @@ fn missed(verdict: &Verdict) -> anyhow::Error {
         .checks
         .iter()
         .filter(|check| !check.pass)
-        .map(|check| {
-            format!(
-                "`{}` in {} blocks of {}: {:.1}x of at least {}x",
-                check.path.display(),
-                check.pattern.name(),
-                human_bytes(check.block_size as u64),
-                check.ratio,
-                check.threshold
-            )
-        })
+        .map(described)
         .collect();
     Coded::error(Exit::Gate, format!("gate missed: {}", missed.join(", ")))
+}
+
+/// A comparison in one line.
+fn described(check: &Check) -> String {
+    let mut text = format!(
+        "`{}` by {} in {} blocks of {}",
+        check.path.display(),
+        check.engine.name(),
+        check.pattern.name(),
+        human_bytes(check.block_size as u64)
+    );
+    // Writing to a string does not fail.
+    if check.streams > 1 {
+        let _ = write!(text, " by {} readers", check.streams);
+    }
+    let _ = write!(text, ": {:.1}x of at least ", check.ratio);
+    let _ = match check.baseline {
+        Some(then) => write!(text, "{:.1}x (it was {then:.1}x)", check.threshold),
+        None => write!(text, "{}x", check.threshold),
+    };
+    if check.tries > 1 {
+        let _ = write!(text, ", measured {} times", check.tries);
+    }
+    text
+}
+
+fn baseline(path: &Path, args: &BenchArgs) -> Result<Baseline> {
+    let failed = |e: String| {
+        let text = format!(
+            "`{}`: {e}; write one by `bench --format json`",
+            path.display()
+        );
+        Coded::error(Exit::Usage, text)
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
+    Baseline::parse(&text, args.max_regression).map_err(failed)
 }
 
 fn plan(args: &BenchArgs) -> Plan {
@@ -124,7 +181,10 @@ fn plan(args: &BenchArgs) -> Plan {
         cli::Engine::Fuse => Engine::Fuse,
         cli::Engine::Bypass => Engine::Bypass,
         cli::Engine::Handover => Engine::Handover,
+        cli::Engine::Bufread => Engine::Bufread,
+        cli::Engine::Mmap => Engine::Mmap,
         cli::Engine::Raw => Engine::Raw,
+        cli::Engine::Copy => Engine::Copy,
         #[cfg(feature = "mount")]
         cli::Engine::Mount => Engine::Mount,
         #[cfg(feature = "mount")]
@@ -141,7 +201,9 @@ fn plan(args: &BenchArgs) -> Plan {
         engines: unique(engines),
         patterns: unique(patterns),
         block_sizes: unique(args.block_size.iter().map(|size| size.0 as usize)),
+        streams: unique(args.streams.iter().copied()),
         runs: args.runs,
+        cold: args.cold,
         socket: args.socket.clone(),
     }
 }

@@ -1,9 +1,10 @@
 //! Under which conditions a benchmark ran.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
+use vmafx_bypass::bench::Plan;
 use vmafx_bypass::cache::rclone::Locator;
 
 /// What makes figures comparable, or not.
@@ -13,8 +14,9 @@ pub struct Environment {
     pub kernel: String,
     pub cpu: String,
     pub cpus: usize,
-    /// Every clip was read once, by each engine, before it was measured.
-    page_cache: &'static str,
+    /// Every clip was read once, by each engine, before it was measured; `cold`:
+    /// and its pages dropped before each run.
+    pub page_cache: &'static str,
     generated: bool,
     pub clips: Vec<Clip>,
 }
@@ -25,13 +27,13 @@ pub struct Clip {
     pub path: String,
     pub size: u64,
     /// The daemon's arguments: rclone's version is told by its program.
-    daemon: Vec<String>,
+    pub daemon: Vec<String>,
     source: Option<String>,
     read_only: Option<bool>,
 }
 
 impl Environment {
-    pub fn read(clips: &[PathBuf], generated: bool) -> Self {
+    pub fn read(plan: &Plan, generated: bool) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu = cpuinfo
             .lines()
@@ -48,9 +50,9 @@ impl Environment {
             kernel,
             cpu,
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            page_cache: "warm",
+            page_cache: if plan.cold { "cold" } else { "warm" },
             generated,
-            clips: clips.iter().map(|clip| Clip::read(clip)).collect(),
+            clips: plan.clips.iter().map(|clip| Clip::read(clip)).collect(),
         }
     }
 }

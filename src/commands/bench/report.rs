@@ -13,11 +13,11 @@ use crate::output::{SCHEMA, escape, human_bytes};
 #[derive(Serialize)]
 pub struct Report<'a> {
     schema: u32,
-    environment: &'a Environment,
-    runs: u32,
-    results: &'a [Measurement],
+    pub environment: &'a Environment,
+    pub runs: u32,
+    pub results: &'a [Measurement],
     #[serde(skip_serializing_if = "Option::is_none")]
-    gate: Option<&'a Verdict>,
+    pub gate: Option<&'a Verdict>,
 }
 
 impl<'a> Report<'a> {
@@ -53,8 +53,12 @@ impl<'a> Report<'a> {
         let environment = self.environment;
         writeln!(
             out,
-            "linux {}, {} x {}; page cache warm, {} runs, interleaved",
-            environment.kernel, environment.cpus, environment.cpu, self.runs
+            "linux {}, {} x {}; page cache {}, {} runs, interleaved",
+            environment.kernel,
+            environment.cpus,
+            environment.cpu,
+            environment.page_cache,
+            self.runs
         )?;
         for clip in &environment.clips {
             writeln!(
@@ -81,15 +85,8 @@ impl<'a> Report<'a> {
                 if verdict.pass { "pass" } else { "missed" }
             )?;
             for check in &verdict.checks {
-                writeln!(
-                    out,
-                    "  {:>9} {}: {:.1}x of at least {}x: {}",
-                    human_bytes(check.block_size as u64),
-                    check.pattern.name(),
-                    check.ratio,
-                    check.threshold,
-                    if check.pass { "pass" } else { "missed" }
-                )?;
+                let outcome = if check.pass { "pass" } else { "missed" };
+                writeln!(out, "  {outcome}: {}", super::described(check))?;
             }
         }
         Ok(())
@@ -103,8 +100,16 @@ impl<'a> Report<'a> {
         };
         writeln!(
             out,
-            "\n{what:<28} {:>10} {:>10} {:>10} {:>12} {:>8} {:>8} {:>9}",
-            "p50", "p90", "p99", "throughput", "to fuse", "to raw", "open p50"
+            "\n{what:<31} {:>9} {:>9} {:>9} {:>9} {:>12} {:>7} {:>16} {:>7} {:>9}",
+            "p50",
+            "mad",
+            "p90",
+            "p99",
+            "throughput",
+            "to fuse",
+            "half of runs",
+            "to raw",
+            "open p50"
         )?;
         for row in rows {
             let ratio = |ratio: Option<f64>, digits| match ratio {
@@ -117,12 +122,21 @@ impl<'a> Report<'a> {
                 Engine::Fuse => 3,
                 _ => 2,
             };
+            let range = match row.ratio_to_fuse_range {
+                Some([low, high]) if row.engine != Engine::Fuse => format!("{low:.1} to {high:.1}"),
+                _ => "-".to_owned(),
+            };
+            let streams = match row.streams {
+                1 => String::new(),
+                streams => format!(" x{streams}"),
+            };
             writeln!(
                 out,
-                "  {:>9}  {:<15} {:>10} {:>10} {:>10} {:>10}/s {:>8} {:>8} {:>9}",
+                "  {:>9}  {:<18} {:>9} {:>9} {:>9} {:>9} {:>10}/s {:>7} {range:>16} {:>7} {:>9}",
                 human_bytes(row.block_size as u64),
-                row.engine.name(),
+                format!("{}{streams}", row.engine.name()),
                 human_ns(percentiles.p50_ns),
+                human_ns(row.spread.mad_ns),
                 human_ns(percentiles.p90_ns),
                 human_ns(percentiles.p99_ns),
                 human_bytes(row.bytes_per_s as u64),
@@ -136,7 +150,7 @@ impl<'a> Report<'a> {
 }
 
 /// A duration for people: `8.2 ms`.
-fn human_ns(ns: u64) -> String {
+pub fn human_ns(ns: u64) -> String {
     match ns {
         0..1_000 => format!("{ns} ns"),
         1_000..1_000_000 => format!("{:.1} us", ns as f64 / 1e3),
