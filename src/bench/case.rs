@@ -259,9 +259,11 @@ impl<'a> Case<'a> {
         let mut samples_ns = Vec::new();
         let began = Instant::now();
         self.read(&mut file, &mut block, |bytes, ns| {
-            touch(bytes);
             if self.pattern == Pattern::Random {
+                // Touched already, as part of the sample.
                 samples_ns.push(ns);
+            } else {
+                touch(bytes);
             }
         })?;
         Ok(Stream {

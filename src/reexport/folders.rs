@@ -92,7 +92,7 @@ impl Shared {
                         self.enter(&inside, &attr::of_stat(&stat), false)
                     }
                     // Another mount's, which may be dead: a name, as by readdir.
-                    Ok(_) | Err(_) => {
+                    _ => {
                         let named = self.enter(&inside, &entry_attr(entry), false);
                         (named.0, NO_TTL)
                     }

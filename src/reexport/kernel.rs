@@ -191,25 +191,22 @@ impl Place {
     /// Whether it is still mounted, here or elsewhere.
     pub(super) fn is_mounted(&self) -> io::Result<bool> {
         let table = MountTable::read()?;
-        let reached = self.points(&table).any(|point| self.is_at(point));
+        let reached = self.ours(&table).any(|m| self.is_at(&m.point));
         Ok(reached || self.is_covered(&table))
     }
 
-    /// Where there are mounts of what is served here: it, and its bind mounts.
-    fn points<'a>(&self, table: &'a MountTable) -> impl Iterator<Item = &'a Path> {
+    /// The mounts of what is served here: it, and its bind mounts.
+    fn ours<'a>(&self, table: &'a MountTable) -> impl Iterator<Item = &'a Mount> {
         let dev = self.dev;
-        let ours = table
+        table
             .iter()
-            .filter(move |m| m.is_reexport() && m.dev == dev);
-        ours.map(|m| m.point.as_path())
+            .filter(move |m| m.is_reexport() && m.dev == dev)
     }
 
     /// Whether it is there, and its path leads to another mount, above it.
     fn is_covered(&self, table: &MountTable) -> bool {
-        let ours = table
-            .iter()
-            .find(|m| m.id == self.id && m.is_reexport() && m.dev == self.dev);
-        ours.is_some_and(|m| id_at(&m.point).is_some_and(|id| id != self.id))
+        let own = self.ours(table).find(|m| m.id == self.id);
+        own.is_some_and(|m| id_at(&m.point).is_some_and(|id| id != self.id))
     }
 
     /// Unmounts it, and what is bound to it elsewhere; `lazily` also while files
@@ -221,7 +218,7 @@ impl Place {
     pub(super) fn unmount(&self, lazily: bool) -> io::Result<()> {
         let busy = |what: String| io::Error::new(io::ErrorKind::ResourceBusy, what);
         let table = MountTable::read()?;
-        let mut points: Vec<_> = self.points(&table).collect();
+        let mut points: Vec<_> = self.ours(&table).map(|m| m.point.as_path()).collect();
         points.reverse();
         if !points.iter().any(|point| self.is_at(point)) {
             if self.is_covered(&table) {

@@ -147,7 +147,7 @@ const MANY: usize = 256;
 impl Retries {
     /// Notes that a thread is told.
     pub(super) fn add(&self, thread: u32, path: &Arc<Path>) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         if all.len() >= MANY {
             all.retain(|_, at| at.elapsed() < COMES_BACK_WITHIN);
         }
@@ -156,7 +156,7 @@ impl Retries {
 
     /// Whether a thread was told.
     pub(super) fn has(&self, thread: u32, path: &Path) -> bool {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&self.0);
         !all.is_empty()
             && all
                 .get(&(thread, path.into()))
@@ -165,7 +165,7 @@ impl Retries {
 
     /// Whether a thread comes back.
     pub(super) fn take(&self, thread: u32, path: &Arc<Path>) -> bool {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         all.remove(&(thread, Arc::clone(path)))
             .is_some_and(|at| at.elapsed() < COMES_BACK_WITHIN)
     }

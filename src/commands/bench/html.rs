@@ -72,15 +72,8 @@ pub fn page(report: &Report<'_>) -> Result<String> {
                 )
             }
         );
-        for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Open] {
-            let of_pattern: Vec<&Measurement> = report
-                .results
-                .iter()
-                .filter(|r| r.pattern == pattern && r.path.to_string_lossy() == clip.path)
-                .collect();
-            if !of_pattern.is_empty() {
-                section(&mut out, pattern, &of_pattern);
-            }
+        for (pattern, rows) in report.by_pattern(&clip.path) {
+            section(&mut out, pattern, &rows);
         }
     }
     let json = report.json()?;
@@ -116,7 +109,6 @@ fn section(out: &mut String, pattern: Pattern, rows: &[&Measurement]) {
     let _ = write!(out, "<section><h3>{}</h3>", title(pattern));
     legend(out, rows);
     let mut streams: Vec<u32> = rows.iter().map(|row| row.streams).collect();
-    streams.dedup();
     streams.sort_unstable();
     streams.dedup();
     bars(out, rows);
@@ -236,7 +228,10 @@ fn distribution(out: &mut String, block_size: usize, rows: &[&&Measurement]) {
     };
     let block = human_bytes(block_size as u64);
     let label = format!("Latency of reads of {block}: which share took no longer");
-    let chart = lines(&label, &x, &y, &all);
+    figure(out, &label, &lines(&label, &x, &y, &all));
+}
+
+fn figure(out: &mut String, label: &str, chart: &str) {
     let _ = write!(
         out,
         "<figure><figcaption>{label}</figcaption>{chart}</figure>"
@@ -278,11 +273,7 @@ fn scaling(out: &mut String, block_size: usize, streams: &[u32], rows: &[&Measur
     };
     let block = human_bytes(block_size as u64);
     let label = format!("Throughput by readers at once, blocks of {block}");
-    let chart = lines(&label, &x, &y, &all);
-    let _ = write!(
-        out,
-        "<figure><figcaption>{label}</figcaption>{chart}</figure>"
-    );
+    figure(out, &label, &lines(&label, &x, &y, &all));
 }
 
 fn table(out: &mut String, rows: &[&Measurement]) {

@@ -36,6 +36,20 @@ impl<'a> Report<'a> {
         }
     }
 
+    /// A clip's results, by the patterns that were measured.
+    pub fn by_pattern<'b>(
+        &'b self,
+        clip: &'b str,
+    ) -> impl Iterator<Item = (Pattern, Vec<&'b Measurement>)> {
+        let patterns = [Pattern::Sequential, Pattern::Random, Pattern::Open];
+        let with_rows = patterns.into_iter().map(move |pattern| {
+            let of_pattern =
+                |r: &&Measurement| r.pattern == pattern && r.path.to_string_lossy() == clip;
+            (pattern, self.results.iter().filter(of_pattern).collect())
+        });
+        with_rows.filter(|(_, rows): &(_, Vec<_>)| !rows.is_empty())
+    }
+
     pub fn json(&self) -> Result<String> {
         let mut text = serde_json::to_string(self)?;
         text.push('\n');
@@ -67,15 +81,8 @@ impl<'a> Report<'a> {
                 escape(clip.path.as_ref()),
                 human_bytes(clip.size)
             )?;
-            for pattern in [Pattern::Sequential, Pattern::Random, Pattern::Open] {
-                let of_pattern: Vec<&Measurement> = self
-                    .results
-                    .iter()
-                    .filter(|r| r.pattern == pattern && r.path.to_string_lossy() == clip.path)
-                    .collect();
-                if !of_pattern.is_empty() {
-                    Self::write_table(out, pattern, &of_pattern)?;
-                }
+            for (pattern, rows) in self.by_pattern(&clip.path) {
+                Self::write_table(out, pattern, &rows)?;
             }
         }
         if let Some(verdict) = self.gate {
