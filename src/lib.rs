@@ -8,6 +8,7 @@
     feature = "ebpf",
     doc = "- [`Tracker`] knows which descriptors on a mount are open, host-wide, from\n  tracepoints."
 )]
+//! - [`AlignedBuffer`] is where to read them to.
 //! - [`handover`] gives cache files to processes that may not open them.
 //! - [`snapshot`] hands whole clips over, as descriptors whose bytes never change.
 //! - [`mod@bench`] compares the ways to read a clip.
@@ -20,6 +21,7 @@
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
+mod aligned;
 pub mod bench;
 pub mod cache;
 mod clips;
@@ -38,6 +40,7 @@ mod sys;
 pub mod tracker;
 pub mod warm;
 
+pub use aligned::AlignedBuffer;
 pub use clips::Clips;
 pub use reader::{BypassFile, BypassOptions, Explanation, ReadStats, Verify};
 pub use reason::{Reason, Refusal};

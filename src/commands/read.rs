@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vmafx_bypass::{BypassFile, BypassOptions, Reason, Verify};
+use vmafx_bypass::{AlignedBuffer, BypassFile, BypassOptions, Reason, Verify};
 
 use crate::cli::{Format, ReadArgs, ReadEngine, VerifyMode};
 use crate::exit::{Coded, Exit};
@@ -148,7 +148,7 @@ fn copy(
     sink: &mut Sink,
     interrupted: &Interrupted,
 ) -> Result<bool> {
-    let mut buffer = vec![0; args.block_size.0 as usize];
+    let mut buffer = AlignedBuffer::new(args.block_size.0 as usize);
     let mut offset = args.offset.0;
     let mut left = args.length.map_or(u64::MAX, |length| length.0);
     while left > 0 {

@@ -18,6 +18,7 @@ use super::source::{Source, join};
 use super::stats::{Counters, Stats, Way};
 use super::xattr;
 use crate::BypassOptions;
+use crate::aligned::AlignedBuffer;
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::{Snapshots, Whole};
 
@@ -60,7 +61,7 @@ pub(super) enum Opened {
 
 thread_local! {
     /// What a thread reads into.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<AlignedBuffer> = RefCell::default();
 }
 
 pub(super) fn errno(code: i32) -> io::Error {
@@ -309,7 +310,7 @@ impl Shared {
         };
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < size {
-                buffer.resize(size, 0);
+                *buffer = AlignedBuffer::new(size);
             }
             let buffer = &mut buffer[..size];
             let read = match &*open {

@@ -8,6 +8,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
 use super::{dress, reopen};
+use crate::aligned::AlignedBuffer;
 use crate::reader::WholeClip;
 use crate::reason::{Reason, Refusal};
 
@@ -43,7 +44,7 @@ pub(super) fn of(clip: &WholeClip) -> Result<OwnedFd, Refusal> {
 /// Copies a clip into a file, which has its bytes if nothing failed.
 pub(super) fn fill(file: &File, clip: &WholeClip) -> Result<(), Refusal> {
     let size = clip.size();
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = AlignedBuffer::new(CHUNK);
     let mut offset = 0;
     while offset < size {
         let length = usize::try_from(size - offset).map_or(CHUNK, |rest| rest.min(CHUNK));

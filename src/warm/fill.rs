@@ -14,6 +14,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::find::Clip;
 use super::{Progress, State};
+use crate::aligned::AlignedBuffer;
 use crate::cache::ranges::Span;
 use crate::reason::{Reason, Refusal};
 
@@ -24,11 +25,11 @@ const BLOCK: usize = 1 << 20;
 const FIRST: u64 = 128 << 10;
 
 /// One worker's buffer.
-pub(super) struct Buffer(Vec<u8>);
+pub(super) struct Buffer(AlignedBuffer);
 
 impl Default for Buffer {
     fn default() -> Self {
-        Self(vec![0; BLOCK])
+        Self(AlignedBuffer::new(BLOCK))
     }
 }
 
