@@ -245,7 +245,7 @@ fn assist(
     let counters = Counters::new();
     let fills = |options| Fills::new(options, Arc::clone(&counters.fills));
     let source = Source {
-        snapshots: Snapshots::new(options.snapshots),
+        snapshots: Snapshots::of_huge_pages(options.snapshots),
         server: options.socket.clone().or_else(socket_from_env),
         fills: options.fill.map(fills),
     };

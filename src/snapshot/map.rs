@@ -29,9 +29,10 @@ impl Whole {
             let detail = "the cache file itself may change: nothing is mapped";
             return Err(Refusal::new(Reason::Live, detail));
         }
-        // SAFETY: no process can write to the file or cut it: it is a sealed memfd,
-        // or a nameless file that was opened for writing by nobody else, is not
-        // any more by us, and is immutable where its file system knows that.
+        // SAFETY: no process can write to the file or cut it: it is a sealed memfd, or
+        // an immutable copy, or a reflink; the latter two have no name, were opened
+        // for writing by nobody else, are not any more by us, and are immutable, the
+        // reflink where its file system knows that.
         let map = unsafe { Mmap::map(&self.fd) };
         let map = map.map_err(|e| Refusal::from_io("mmap of a snapshot", &e, Reason::IoError))?;
         Ok(Mapped(map))

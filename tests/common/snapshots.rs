@@ -28,6 +28,15 @@ pub fn snapshots(mode: SnapshotMode, copy_budget: usize) -> Snapshots {
     })
 }
 
+/// With sealed copies, and with those of huge pages where there can be any.
+pub fn of_both(copy_budget: usize) -> [Snapshots; 2] {
+    let options = SnapshotOptions {
+        mode: SnapshotMode::Auto,
+        copy_budget: copy_budget as u64,
+    };
+    [Snapshots::new(options), Snapshots::of_huge_pages(options)]
+}
+
 /// Runs a test on each rclone, with clips of these sizes that are cached whole:
 /// with the cache on a file system that has no reflinks, and on one that has.
 pub fn each_place(
