@@ -6,6 +6,7 @@
 //! FUSE's page cache; opening is timed apart from reading. Nothing here prints.
 
 mod case;
+mod child;
 mod engine;
 mod gate;
 mod offsets;
@@ -13,6 +14,7 @@ mod plan;
 #[cfg(feature = "mount")]
 mod remount;
 mod statistics;
+mod uring;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,7 +22,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub use gate::{Baseline, Check, Gate, Verdict};
-pub use plan::{Engine, Pattern, Plan};
+pub use plan::{Engine, Pattern, Plan, Tuned};
 pub use statistics::{Percentiles, Spread};
 
 use case::Case;
@@ -67,6 +69,27 @@ pub struct Measurement {
     pub sha256: String,
     /// How often it was measured; this is the last time's.
     pub tries: u32,
+}
+
+/// What was measured.
+#[derive(Debug)]
+pub struct Results {
+    /// In the plan's order.
+    pub measurements: Vec<Measurement>,
+    /// What could not be, where [`Plan::leave_out`] allows that.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// An engine that cannot run here.
+#[derive(Debug, Clone, Serialize)]
+pub struct LeftOut {
+    /// For this clip.
+    #[serde(serialize_with = "lossy")]
+    pub path: PathBuf,
+    /// Which.
+    pub engine: Engine,
+    /// One line.
+    pub why: String,
 }
 
 fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
@@ -130,6 +153,17 @@ pub enum BenchError {
     Stopped,
 }
 
+impl BenchError {
+    /// Why an engine cannot run, without what is known.
+    fn why(self) -> String {
+        match self {
+            Self::Engine { why, .. } => why,
+            Self::NotBypassed { refusal, .. } => refusal.to_string(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// Measures a plan. `progress` is told before each group of engines what comes
 /// next; `stop` is asked between runs whether to go on.
 ///
@@ -140,7 +174,7 @@ pub fn measure(
     plan: &Plan,
     progress: impl FnMut(&Path, Pattern, usize),
     stop: impl FnMut() -> bool,
-) -> Result<Vec<Measurement>, BenchError> {
+) -> Result<Results, BenchError> {
     measure_where(plan, |_, _, _, _| true, progress, stop)
 }
 
@@ -166,7 +200,7 @@ pub fn measure_again(
             path == clip && (*of, *size, *readers) == (pattern, block_size, streams)
         })
     };
-    for new in measure_where(plan, wanted, progress, stop)? {
+    for new in measure_where(plan, wanted, progress, stop)?.measurements {
         let old = results.iter_mut().find(|old| {
             (&old.path, old.engine, old.pattern) == (&new.path, new.engine, new.pattern)
                 && (old.block_size, old.streams) == (new.block_size, new.streams)
@@ -184,10 +218,28 @@ fn measure_where(
     wanted: impl Fn(&Path, Pattern, usize, u32) -> bool,
     mut progress: impl FnMut(&Path, Pattern, usize),
     mut stop: impl FnMut() -> bool,
-) -> Result<Vec<Measurement>, BenchError> {
-    let mut results = Vec::new();
+) -> Result<Results, BenchError> {
+    let mut results = Results {
+        measurements: Vec::new(),
+        left_out: Vec::new(),
+    };
     for clip in &plan.clips {
-        let ways = Ways::open(clip, &plan.engines, plan.socket.as_deref())?;
+        let mut ways = Ways::new(clip, plan);
+        let mut engines = Vec::new();
+        for &engine in &plan.engines {
+            if stop() {
+                return Err(BenchError::Stopped);
+            }
+            match ways.prepare(engine) {
+                Ok(()) => engines.push(engine),
+                Err(error) if plan.leave_out => results.left_out.push(LeftOut {
+                    path: clip.clone(),
+                    engine,
+                    why: error.why(),
+                }),
+                Err(error) => return Err(error),
+            }
+        }
         for &pattern in &plan.patterns {
             for &block_size in &plan.block_sizes {
                 for &streams in &plan.streams {
@@ -196,7 +248,8 @@ fn measure_where(
                     }
                     progress(clip, pattern, block_size);
                     let case = Case::new(clip, pattern, block_size, streams, plan.cold, &ways)?;
-                    results.extend(case.measure(&plan.engines, plan.runs, &mut stop)?);
+                    let measured = case.measure(&engines, plan.runs, &mut stop)?;
+                    results.measurements.extend(measured);
                 }
             }
         }
@@ -216,14 +269,19 @@ mod tests {
         let mut plan = Plan {
             clips: vec![clip],
             engines: vec![Engine::Fuse, Engine::Bypass],
+            leave_out: false,
             patterns: vec![Pattern::Sequential, Pattern::Random, Pattern::Open],
             block_sizes: vec![4096],
             streams: vec![1],
             runs: 3,
             cold: false,
             socket: None,
+            tuned: None,
+            program: None,
         };
-        let results = measure(&plan, |_, _, _| {}, || false).unwrap();
+        let measured =
+            |plan: &Plan| measure(plan, |_, _, _| {}, || false).map(|results| results.measurements);
+        let results = measured(&plan).unwrap();
         assert_eq!(results.len(), 6);
         assert_eq!(results[4].samples_ns.len(), 3 * 24);
         assert_eq!(results[4].open_ns.len(), 3 * 24);
@@ -235,7 +293,7 @@ mod tests {
         assert_eq!(results[0].ratio_to_raw, None);
         assert_eq!(results[1].ratio_to_fuse_range.unwrap().len(), 2);
         plan.streams = vec![3];
-        let three = measure(&plan, |_, _, _| {}, || false).unwrap();
+        let three = measured(&plan).unwrap();
         assert_eq!(three[0].samples_ns.len(), 3);
         assert_eq!(three[0].open_ns.len(), 9);
         assert_eq!(three[2].samples_ns.len(), 3 * 3 * 24);
@@ -244,11 +302,29 @@ mod tests {
         let stopped = measure(&plan, |_, _, _| {}, || true);
         assert!(matches!(stopped, Err(BenchError::Stopped)));
         plan.engines = vec![Engine::Raw];
-        let raw = measure(&plan, |_, _, _| {}, || false);
-        assert!(matches!(raw, Err(BenchError::NotBypassed { .. })));
+        assert!(matches!(
+            measured(&plan),
+            Err(BenchError::NotBypassed { .. })
+        ));
+        plan.engines = Engine::ALL.to_vec();
+        plan.leave_out = true;
+        let results = measure(&plan, |_, _, _| {}, || false).unwrap();
+        let left_out: Vec<_> = results.left_out.iter().map(|left| left.engine).collect();
+        for engine in Engine::ALL {
+            let runs = [Engine::Fuse, Engine::Bypass, Engine::Bufread, Engine::Copy];
+            assert_eq!(
+                left_out.contains(engine),
+                !runs.contains(engine),
+                "{engine:?}"
+            );
+            assert_eq!(
+                results.measurements.iter().any(|m| m.engine == *engine),
+                runs.contains(engine)
+            );
+        }
+        plan.leave_out = false;
         plan.engines = vec![Engine::Fuse];
         plan.block_sizes = vec![1 << 20];
-        let short = measure(&plan, |_, _, _| {}, || false);
-        assert!(matches!(short, Err(BenchError::TooShort { .. })));
+        assert!(matches!(measured(&plan), Err(BenchError::TooShort { .. })));
     }
 }

@@ -133,6 +133,11 @@ impl Rig {
         self.mount.as_ref().map(Child::id)
     }
 
+    /// What is mounted, as rclone's arguments name it.
+    pub fn remote(&self) -> &str {
+        &self.remote
+    }
+
     fn filled(&self, text: &str) -> String {
         text.replace("{folder}", &self.folder.path().to_string_lossy())
     }

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use tempfile::NamedTempFile;
 
+use super::child::Child;
 #[cfg(feature = "mount")]
 use super::remount::Remount;
-use super::{BenchError, Engine};
+use super::uring::Uring;
+use super::{BenchError, Engine, Plan, Tuned};
 use crate::snapshot::{Mapped, SnapshotMode, SnapshotOptions, Snapshots};
 use crate::{BypassFile, BypassOptions};
 
@@ -28,6 +30,7 @@ pub(super) enum Opened {
         map: Mapped,
         position: usize,
     },
+    Uring(Box<Uring>),
 }
 
 /// What engines need that is made before and kept while a clip is measured.
@@ -35,44 +38,106 @@ pub(super) struct Ways<'a> {
     clip: &'a Path,
     /// Which handover server is asked.
     options: BypassOptions,
+    tuned: Option<&'a Tuned>,
+    program: Option<&'a Path>,
+    cold: bool,
     snapshots: Snapshots,
     copy: Option<NamedTempFile>,
+    children: Vec<(Engine, Child)>,
     #[cfg(feature = "mount")]
     remounts: Vec<(Engine, Remount)>,
 }
 
 impl<'a> Ways<'a> {
-    pub(super) fn open(
-        clip: &'a Path,
-        engines: &[Engine],
-        socket: Option<&Path>,
-    ) -> Result<Self, BenchError> {
-        let copy = engines.contains(&Engine::Copy).then(|| copy_of(clip));
-        #[cfg(feature = "mount")]
-        let mounting = engines
-            .iter()
-            .filter(|engine| matches!(engine, Engine::Mount | Engine::MountRanges));
+    pub(super) fn new(clip: &'a Path, plan: &'a Plan) -> Self {
         let options = BypassOptions::new();
-        Ok(Self {
+        Self {
             clip,
-            options: match socket {
+            options: match &plan.socket {
                 Some(socket) => options.socket(socket),
                 None => options,
             },
-            snapshots: Snapshots::new(SnapshotOptions {
+            tuned: plan.tuned.as_ref(),
+            program: plan.program.as_deref(),
+            cold: plan.cold,
+            snapshots: Snapshots::of_huge_pages(SnapshotOptions {
                 mode: SnapshotMode::Auto,
                 // A clip's own size counts, and what memory there is.
                 copy_budget: u64::MAX,
             }),
-            copy: copy.transpose().map_err(|error| BenchError::Io {
-                path: clip.into(),
-                error,
-            })?,
+            copy: None,
+            children: Vec::new(),
             #[cfg(feature = "mount")]
-            remounts: mounting
-                .map(|&engine| Ok((engine, Remount::of(clip, engine)?)))
-                .collect::<Result<_, BenchError>>()?,
-        })
+            remounts: Vec::new(),
+        }
+    }
+
+    /// Makes what an engine needs.
+    ///
+    /// # Errors
+    /// [`BenchError::Engine`] and [`BenchError::NotBypassed`] where it cannot run.
+    pub(super) fn prepare(&mut self, engine: Engine) -> Result<(), BenchError> {
+        if self.cold && !engine.can_be_cold() {
+            return Err(self.cannot(engine, "what it reads is in memory, never cold".into()));
+        }
+        match engine {
+            Engine::Copy => self.copy = Some(copy_of(self.clip).map_err(|e| self.io(e))?),
+            Engine::Exec | Engine::Preload => {
+                let child = self.child_for(engine)?;
+                self.children.push((engine, child));
+            }
+            #[cfg(feature = "mount")]
+            Engine::Mount | Engine::MountRanges => {
+                self.remounts
+                    .push((engine, Remount::of(self.clip, engine)?));
+            }
+            Engine::FuseTuned => drop(self.open_by(engine, 1)?),
+            Engine::Handover => {
+                let options = self.options.clone().socket_alone();
+                if let Some(refusal) = self.prove(&options)?.refusal() {
+                    return Err(self.cannot(engine, refusal.to_string()));
+                }
+            }
+            Engine::Mmap | Engine::Raw | Engine::IoUring => drop(self.open_by(engine, 1)?),
+            Engine::Fuse | Engine::Bypass | Engine::Bufread => {}
+        }
+        Ok(())
+    }
+
+    fn child_for(&self, engine: Engine) -> Result<Child, BenchError> {
+        let Some(program) = self.program else {
+            return Err(self.cannot(engine, "it needs the program".into()));
+        };
+        match engine {
+            Engine::Exec => Ok(Child::under_exec(program, self.clip)),
+            _ => Child::preloaded(program, self.clip, &self.raw_path()?),
+        }
+    }
+
+    /// The program that reads, if one does.
+    pub(super) fn child(&self, engine: Engine) -> Option<&Child> {
+        let found = self.children.iter().find(|(of, _)| *of == engine);
+        found.map(|(_, child)| child)
+    }
+
+    fn cannot(&self, engine: Engine, why: String) -> BenchError {
+        BenchError::Engine {
+            path: self.clip.into(),
+            engine: engine.name(),
+            why,
+        }
+    }
+
+    /// The clip at its other place.
+    fn tuned_clip(&self) -> Result<PathBuf, BenchError> {
+        let why = match self.tuned {
+            None => "no other mount of the remote is named: --tuned names one".into(),
+            Some(tuned) => match self.clip.strip_prefix(&tuned.prefix) {
+                Ok(inside) => return Ok(tuned.folder.join(inside)),
+                Err(_) => format!("the clip is not below `{}`", tuned.prefix.display()),
+            },
+        };
+        Err(self.cannot(Engine::FuseTuned, why))
     }
 
     #[cfg(feature = "mount")]
@@ -91,17 +156,19 @@ impl<'a> Ways<'a> {
     }
 
     /// A file besides the clip and its cache file whose pages an engine reads.
-    pub(super) fn other_file(&self, engine: Engine) -> Option<&Path> {
+    pub(super) fn other_file(&self, engine: Engine) -> Option<PathBuf> {
         match engine {
-            Engine::Copy => self.copy.as_ref().map(NamedTempFile::path),
+            Engine::Copy => self.copy.as_ref().map(|copy| copy.path().into()),
+            Engine::FuseTuned => self.tuned_clip().ok(),
             #[cfg(feature = "mount")]
-            Engine::MountRanges => self.remount(engine).map(Remount::clip),
+            Engine::MountRanges => self.remount(engine).map(|mount| mount.clip().into()),
             _ => None,
         }
     }
 
-    /// Opens the clip as a program would that is to read it this way.
-    pub(super) fn open_by(&self, engine: Engine) -> Result<Opened, BenchError> {
+    /// Opens the clip as a program would that is to read it this way, in blocks of so
+    /// many bytes.
+    pub(super) fn open_by(&self, engine: Engine, block_size: usize) -> Result<Opened, BenchError> {
         let clip = self.clip;
         let plain = |path: &Path| File::open(path).map(Opened::Plain).map_err(|e| self.io(e));
         match engine {
@@ -118,6 +185,10 @@ impl<'a> Ways<'a> {
             Engine::Raw => plain(&self.raw_path()?),
             Engine::Copy => plain(self.copy.as_ref().map_or(clip, NamedTempFile::path)),
             Engine::Fuse => plain(clip),
+            Engine::FuseTuned => plain(&self.tuned_clip()?),
+            Engine::IoUring => self.ring(block_size),
+            // A program of its own opens it.
+            Engine::Exec | Engine::Preload => plain(clip),
             #[cfg(feature = "mount")]
             Engine::Mount | Engine::MountRanges => {
                 plain(self.remount(engine).map_or(clip, Remount::clip))
@@ -130,17 +201,20 @@ impl<'a> Ways<'a> {
         file.map(Box::new).map_err(|e| self.io(e))
     }
 
+    fn ring(&self, block_size: usize) -> Result<Opened, BenchError> {
+        let file = File::open(self.raw_path()?).map_err(|e| self.io(e))?;
+        let ring = Uring::open(file, block_size);
+        let ring = ring.map_err(|e| self.cannot(Engine::IoUring, format!("io_uring: {e}")))?;
+        Ok(Opened::Uring(Box::new(ring)))
+    }
+
     fn map(&self) -> Result<Opened, BenchError> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let clip = rustix::fs::open(self.clip, flags, Mode::empty());
         let clip = clip.map_err(|e| self.io(e.into()))?;
         let whole = self.snapshots.open(clip.as_fd());
         let map = whole.and_then(|whole| whole.map());
-        let map = map.map_err(|refusal| BenchError::Engine {
-            path: self.clip.into(),
-            engine: Engine::Mmap.name(),
-            why: refusal.to_string(),
-        })?;
+        let map = map.map_err(|refusal| self.cannot(Engine::Mmap, refusal.to_string()))?;
         Ok(Opened::Mapped { map, position: 0 })
     }
 
@@ -198,11 +272,12 @@ impl Opened {
                 *position = map.len().min(start + block.len());
                 Ok(&map[start..*position])
             }
+            Self::Uring(ring) => ring.next(),
         }
     }
 
     /// The bytes at an offset, likewise.
-    pub(super) fn at<'a>(&'a self, block: &'a mut [u8], offset: u64) -> io::Result<&'a [u8]> {
+    pub(super) fn at<'a>(&'a mut self, block: &'a mut [u8], offset: u64) -> io::Result<&'a [u8]> {
         let n = match self {
             Self::Plain(file) => file.read_at(block, offset)?,
             Self::Bypass(file) | Self::Lent { file, .. } => file.read_at(block, offset)?,
@@ -210,6 +285,7 @@ impl Opened {
                 let start = map.len().min(offset as usize);
                 return Ok(&map[start..map.len().min(start + block.len())]);
             }
+            Self::Uring(ring) => return ring.at(offset),
         };
         Ok(&block[..n])
     }
@@ -217,7 +293,7 @@ impl Opened {
     /// Bytes that the bypass read through FUSE.
     pub(super) fn fuse_bytes(&self) -> u64 {
         match self {
-            Self::Plain(_) | Self::Mapped { .. } => 0,
+            Self::Plain(_) | Self::Mapped { .. } | Self::Uring(_) => 0,
             Self::Bypass(file) | Self::Lent { file, .. } => file.stats().fuse_bytes(),
         }
     }

@@ -10,6 +10,8 @@ use serde::Serialize;
 pub enum Engine {
     /// read(2) and pread(2) through the rclone mount.
     Fuse,
+    /// The same through another mount of the remote: see [`Plan::tuned`].
+    FuseTuned,
     /// [`BypassFile`](crate::BypassFile).
     Bypass,
     /// The same, by the proof of a handover server.
@@ -19,10 +21,8 @@ pub enum Engine {
     Bufread,
     /// A snapshot, mapped: each open proves the clip, and maps it.
     Mmap,
-    /// read(2) and pread(2) on the cache file, without any proof.
-    Raw,
-    /// read(2) and pread(2) on a local copy of the clip, which is made before.
-    Copy,
+    /// A program that knows of nothing, under `exec`.
+    Exec,
     /// read(2) and pread(2) through a mount of ours, the kernel reading from a
     /// snapshot.
     #[cfg(feature = "mount")]
@@ -30,35 +30,66 @@ pub enum Engine {
     /// The same, by proven ranges.
     #[cfg(feature = "mount")]
     MountRanges,
+    /// read(2) and pread(2) on the cache file, without any proof.
+    Raw,
+    /// The same by io_uring, with the file and the buffers registered: up to 8 reads
+    /// at once in order, one at random.
+    IoUring,
+    /// A program that knows of nothing, whose opens of the clip a preloaded library
+    /// turns into opens of the cache file, without any proof.
+    Preload,
+    /// read(2) and pread(2) on a local copy of the clip, which is made before.
+    Copy,
 }
 
 impl Engine {
+    /// Every engine of this build.
+    pub const ALL: &'static [Self] = &[
+        Self::Fuse,
+        Self::FuseTuned,
+        Self::Bypass,
+        Self::Handover,
+        Self::Bufread,
+        Self::Mmap,
+        Self::Exec,
+        #[cfg(feature = "mount")]
+        Self::Mount,
+        #[cfg(feature = "mount")]
+        Self::MountRanges,
+        Self::Raw,
+        Self::IoUring,
+        Self::Preload,
+        Self::Copy,
+    ];
+
     /// The contract's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Fuse => "fuse",
+            Self::FuseTuned => "fuse_tuned",
             Self::Bypass => "bypass",
             Self::Handover => "handover",
             Self::Bufread => "bufread",
             Self::Mmap => "mmap",
-            Self::Raw => "raw",
-            Self::Copy => "copy",
+            Self::Exec => "exec",
             #[cfg(feature = "mount")]
             Self::Mount => "mount",
             #[cfg(feature = "mount")]
             Self::MountRanges => "mount_ranges",
+            Self::Raw => "raw",
+            Self::IoUring => "io_uring",
+            Self::Preload => "preload",
+            Self::Copy => "copy",
         }
     }
-}
 
-impl Engine {
     /// Whether what it reads may be not in memory.
     pub(super) fn can_be_cold(self) -> bool {
         #[cfg(feature = "mount")]
         if self == Self::Mount {
             return false;
         }
-        self != Self::Mmap
+        !matches!(self, Self::Mmap | Self::Exec)
     }
 }
 
@@ -92,6 +123,9 @@ pub struct Plan {
     pub clips: Vec<PathBuf>,
     /// Engines, without repetition.
     pub engines: Vec<Engine>,
+    /// Whether engines that cannot run here are left out, and told in
+    /// [`Results::left_out`](super::Results::left_out); if not, one ends it.
+    pub leave_out: bool,
     /// Patterns, without repetition.
     pub patterns: Vec<Pattern>,
     /// Bytes per read, each at least 1.
@@ -105,4 +139,18 @@ pub struct Plan {
     pub cold: bool,
     /// The handover server; `None`: the one that `VMAFX_BYPASS_SOCKET` names.
     pub socket: Option<PathBuf>,
+    /// Another mount of the same remote, for [`Engine::FuseTuned`].
+    pub tuned: Option<Tuned>,
+    /// The `vmafx-bypass` program: for [`Engine::Exec`] and [`Engine::Preload`], which
+    /// run its `bench` as the program that reads.
+    pub program: Option<PathBuf>,
+}
+
+/// Where else clips are mounted, with other options.
+#[derive(Debug, Clone)]
+pub struct Tuned {
+    /// The folder that clips are below.
+    pub prefix: PathBuf,
+    /// The same folder of the other mount.
+    pub folder: PathBuf,
 }

@@ -2,24 +2,22 @@
 
 mod chart;
 mod environment;
+mod generate;
 mod html;
 mod junit;
 mod report;
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use vmafx_bypass::bench::{
-    self, Baseline, BenchError, Check, Engine, Gate, Pattern, Plan, Verdict,
+    self, Baseline, BenchError, Check, Engine, Gate, Measurement, Pattern, Plan, Tuned, Verdict,
 };
-use vmafx_bypass::rig::{Rig, RigOptions};
 
 use crate::cli::{self, BenchArgs};
 use crate::exit::{Coded, Exit};
-use crate::output::{Notes, Sink, human_bytes};
+use crate::output::{Notes, SCHEMA, Sink, human_bytes};
 use crate::signals::{Interrupted, Signals};
 
 /// Measures, prints, and judges.
@@ -42,59 +40,41 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     }
 
     let interrupted = signals.watch(|| {});
-    // Kept until the end: dropped, it unmounts and cleans up.
-    let mut rig = None;
+    // Kept until the end: dropped, they unmount and clean up.
+    let mut rigs = None;
     if let Some(size) = args.generate {
         notes.note(format_args!(
             "generating, serving, mounting and caching a clip of {}",
             human_bytes(size.0)
         ));
-        let Some(made) = generate(&args.rclone, size.0, &interrupted)? else {
+        let tuned = plan.engines.contains(&Engine::FuseTuned);
+        let Some(made) = generate::rigs(&args.rclone, size.0, tuned, &interrupted)? else {
             return Ok(stopped(&interrupted));
         };
-        plan.clips = vec![made.mountpoint().join(CLIP)];
-        rig = Some(made);
+        plan.clips = vec![made.clip()];
+        plan.tuned = made.tuned();
+        rigs = Some(made);
     }
-    let progress = |clip: &Path, pattern: Pattern, block_size: usize| {
-        notes.detail(format_args!(
-            "measuring `{}`, {}, blocks of {}",
-            clip.display(),
-            pattern.name(),
-            human_bytes(block_size as u64)
-        ));
-    };
-    let stop = || interrupted.exit().is_some();
     let judge = |results: &[_]| Verdict::of(&gates, baseline.as_ref(), results);
-    let measure = || {
-        let mut results = bench::measure(&plan, progress, stop)?;
-        for _ in 0..args.retries {
-            let verdict = judge(&results);
-            if !bench::measure_again(&plan, &verdict, &mut results, progress, stop)? {
-                break;
-            }
-            for check in verdict.checks.iter().filter(|check| !check.pass) {
-                notes.note(format_args!("measured again: {}", described(check)));
-            }
-        }
-        Ok(results)
+    let measured = measure(&plan, args.retries, &judge, notes, &interrupted)?;
+    let Some(results) = measured else {
+        return Ok(stopped(&interrupted));
     };
-    let results = match measure() {
-        Ok(results) => results,
-        Err(BenchError::Stopped) => return Ok(stopped(&interrupted)),
-        Err(error @ BenchError::Mismatch { .. }) => {
-            return Err(Coded::error(Exit::Mismatch, error.to_string()));
-        }
-        Err(error @ BenchError::Engine { .. }) => {
-            return Err(Coded::error(Exit::Environment, error.to_string()));
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let left_out = results.left_out;
+    let results = results.measurements;
     let judged = !gates.is_empty() || baseline.is_some();
     let verdict = judged.then(|| judge(&results));
     let environment = environment::Environment::read(&plan, args.generate.is_some());
-    drop(rig);
+    drop(rigs);
 
-    let report = report::Report::new(&environment, &results, verdict.as_ref(), args.runs);
+    let report = report::Report {
+        schema: SCHEMA,
+        environment: &environment,
+        runs: args.runs,
+        results: &results,
+        left_out: &left_out,
+        gate: verdict.as_ref(),
+    };
     let mut sink = Sink::open(&args.output)?;
     let text = match args.format {
         cli::BenchFormat::Json => report.json()?,
@@ -122,6 +102,50 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     match verdict {
         Some(verdict) if !verdict.pass => Err(missed(&verdict)),
         _ => Ok(Exit::Done),
+    }
+}
+
+/// Measures, and again what misses; `None` when interrupted.
+fn measure(
+    plan: &Plan,
+    retries: u32,
+    judge: &dyn Fn(&[Measurement]) -> Verdict,
+    notes: &Notes,
+    interrupted: &Interrupted,
+) -> Result<Option<bench::Results>> {
+    let progress = |clip: &Path, pattern: Pattern, block_size: usize| {
+        notes.detail(format_args!(
+            "measuring `{}`, {}, blocks of {}",
+            clip.display(),
+            pattern.name(),
+            human_bytes(block_size as u64)
+        ));
+    };
+    let stop = || interrupted.exit().is_some();
+    let measure = || {
+        let mut results = bench::measure(plan, progress, stop)?;
+        for _ in 0..retries {
+            let verdict = judge(&results.measurements);
+            let measured = &mut results.measurements;
+            if !bench::measure_again(plan, &verdict, measured, progress, stop)? {
+                break;
+            }
+            for check in verdict.checks.iter().filter(|check| !check.pass) {
+                notes.note(format_args!("measured again: {}", described(check)));
+            }
+        }
+        Ok(results)
+    };
+    match measure() {
+        Ok(results) => Ok(Some(results)),
+        Err(BenchError::Stopped) => Ok(None),
+        Err(error @ BenchError::Mismatch { .. }) => {
+            Err(Coded::error(Exit::Mismatch, error.to_string()))
+        }
+        Err(error @ BenchError::Engine { .. }) => {
+            Err(Coded::error(Exit::Environment, error.to_string()))
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -177,18 +201,15 @@ fn baseline(path: &Path, args: &BenchArgs) -> Result<Baseline> {
 
 fn plan(args: &BenchArgs) -> Plan {
     let prefix = args.prefix.clone().unwrap_or_default();
-    let engines = args.engines.iter().map(|engine| match engine {
-        cli::Engine::Fuse => Engine::Fuse,
-        cli::Engine::Bypass => Engine::Bypass,
-        cli::Engine::Handover => Engine::Handover,
-        cli::Engine::Bufread => Engine::Bufread,
-        cli::Engine::Mmap => Engine::Mmap,
-        cli::Engine::Raw => Engine::Raw,
-        cli::Engine::Copy => Engine::Copy,
-        #[cfg(feature = "mount")]
-        cli::Engine::Mount => Engine::Mount,
-        #[cfg(feature = "mount")]
-        cli::Engine::MountRanges => Engine::MountRanges,
+    let all = args.engines.contains(&cli::Engine::All);
+    let engines = if all {
+        Engine::ALL.to_vec()
+    } else {
+        unique(args.engines.iter().filter_map(|engine| engine.of_bench()))
+    };
+    let tuned = args.tuned.as_ref().map(|folder| Tuned {
+        prefix: prefix.clone(),
+        folder: folder.clone(),
     });
     let patterns = args.pattern.iter().map(|pattern| match pattern {
         cli::Pattern::Sequential => Pattern::Sequential,
@@ -198,13 +219,41 @@ fn plan(args: &BenchArgs) -> Plan {
     Plan {
         // An absolute path stays as it is.
         clips: args.path.iter().map(|path| prefix.join(path)).collect(),
-        engines: unique(engines),
+        engines,
+        leave_out: all,
         patterns: unique(patterns),
         block_sizes: unique(args.block_size.iter().map(|size| size.0 as usize)),
         streams: unique(args.streams.iter().copied()),
         runs: args.runs,
         cold: args.cold,
         socket: args.socket.clone(),
+        tuned,
+        // As it was started, also where it was replaced since.
+        program: Some("/proc/self/exe".into()),
+    }
+}
+
+impl cli::Engine {
+    /// `None`: all of them.
+    fn of_bench(self) -> Option<Engine> {
+        Some(match self {
+            Self::All => return None,
+            Self::Fuse => Engine::Fuse,
+            Self::FuseTuned => Engine::FuseTuned,
+            Self::Bypass => Engine::Bypass,
+            Self::Handover => Engine::Handover,
+            Self::Bufread => Engine::Bufread,
+            Self::Mmap => Engine::Mmap,
+            Self::Exec => Engine::Exec,
+            #[cfg(feature = "mount")]
+            Self::Mount => Engine::Mount,
+            #[cfg(feature = "mount")]
+            Self::MountRanges => Engine::MountRanges,
+            Self::Raw => Engine::Raw,
+            Self::IoUring => Engine::IoUring,
+            Self::Preload => Engine::Preload,
+            Self::Copy => Engine::Copy,
+        })
     }
 }
 
@@ -244,40 +293,4 @@ fn check_gates(gates: &[Gate], plan: &Plan) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The generated clip's name.
-const CLIP: &str = "clip.y4m";
-
-/// Serves, mounts and caches a clip of random bytes; `None` when interrupted.
-fn generate(rclone: &Path, size: u64, interrupted: &Interrupted) -> Result<Option<Rig>> {
-    let options = RigOptions {
-        rclone: PathBuf::from(rclone),
-        ..RigOptions::default()
-    };
-    let fill = |source: &Path| {
-        let mut clip = BufWriter::new(File::create(source.join(CLIP))?);
-        let mut random = File::open("/dev/urandom")?;
-        let mut left = size;
-        while left > 0 {
-            if interrupted.exit().is_some() {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            let part = left.min(16 << 20);
-            io::copy(&mut Read::by_ref(&mut random).take(part), &mut clip)?;
-            left -= part;
-        }
-        clip.flush()
-    };
-    let made = Rig::start(options, fill)
-        .map_err(|e| Coded::error(Exit::Environment, e.to_string()))
-        .and_then(|rig| {
-            rig.cache_whole_unless(Path::new(CLIP), || interrupted.exit().is_some())
-                .context("caching the generated clip")?;
-            Ok(rig)
-        });
-    match made {
-        Err(_) if interrupted.exit().is_some() => Ok(None),
-        made => made.map(Some),
-    }
 }

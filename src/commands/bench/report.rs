@@ -4,38 +4,24 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use serde::Serialize;
-use vmafx_bypass::bench::{Engine, Measurement, Pattern, Verdict};
+use vmafx_bypass::bench::{Engine, LeftOut, Measurement, Pattern, Verdict};
 
 use super::environment::Environment;
-use crate::output::{SCHEMA, escape, human_bytes};
+use crate::output::{escape, human_bytes};
 
 /// A benchmark's outcome.
 #[derive(Serialize)]
 pub struct Report<'a> {
-    schema: u32,
+    pub schema: u32,
     pub environment: &'a Environment,
     pub runs: u32,
     pub results: &'a [Measurement],
+    pub left_out: &'a [LeftOut],
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate: Option<&'a Verdict>,
 }
 
-impl<'a> Report<'a> {
-    pub fn new(
-        environment: &'a Environment,
-        results: &'a [Measurement],
-        gate: Option<&'a Verdict>,
-        runs: u32,
-    ) -> Self {
-        Self {
-            schema: SCHEMA,
-            environment,
-            runs,
-            results,
-            gate,
-        }
-    }
-
+impl Report<'_> {
     /// A clip's results, by the patterns that were measured.
     pub fn by_pattern<'b>(
         &'b self,
@@ -84,6 +70,10 @@ impl<'a> Report<'a> {
             for (pattern, rows) in self.by_pattern(&clip.path) {
                 Self::write_table(out, pattern, &rows)?;
             }
+        }
+        for left in self.left_out {
+            let (engine, clip) = (left.engine.name(), escape(left.path.as_ref()));
+            writeln!(out, "\nnot here: {engine} for `{clip}`: {}", left.why)?;
         }
         if let Some(verdict) = self.gate {
             writeln!(
