@@ -8,6 +8,7 @@
 #   python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3 rsync
 #   openssh-client openssh-sftp-server                          the tests
 #   g++ binutils valgrind golang-go                             the tests of the library for C
+#   chromium                                                    the tests of bench's page
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #
 # The tests also run against a newer rclone than Debian's, from the Python
@@ -22,6 +23,7 @@ packages=(
     python3 util-linux bindfs strace stress-ng xfsprogs git sqlite3 rsync
     openssh-client openssh-sftp-server
     g++ binutils valgrind golang-go
+    chromium
     qemu-system-x86 busybox-static cpio
 )
 rclone_new=1.75.2

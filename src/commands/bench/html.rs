@@ -107,11 +107,14 @@ fn verdict(out: &mut String, report: &Report<'_>) {
 
 fn section(out: &mut String, pattern: Pattern, rows: &[&Measurement]) {
     let _ = write!(out, "<section><h3>{}</h3>", title(pattern));
-    legend(out, rows);
     let mut streams: Vec<u32> = rows.iter().map(|row| row.streams).collect();
     streams.sort_unstable();
     streams.dedup();
     bars(out, rows);
+    if pattern != Pattern::Sequential || streams.len() > 1 {
+        legend(out, rows);
+    }
+    out.push_str("<div class=\"charts\">");
     for block_size in block_sizes(rows) {
         let of_size: Vec<&Measurement> = rows
             .iter()
@@ -129,6 +132,7 @@ fn section(out: &mut String, pattern: Pattern, rows: &[&Measurement]) {
             scaling(out, block_size, &streams, &of_size);
         }
     }
+    out.push_str("</div>");
     table(out, rows);
     out.push_str("</section>");
 }
@@ -173,8 +177,8 @@ fn bars(out: &mut String, rows: &[&Measurement]) {
             let ratio = row.ratio_to_fuse.map(|ratio| format!(", {ratio:.1}× fuse"));
             let _ = write!(
                 out,
-                "<span>{name}{streams}</span><span class=\"track\"><b class=\"{name}\" \
-                 style=\"width:{:.2}%\"></b></span><span>{}/s{}</span>",
+                "<div><span>{name}{streams}</span><span class=\"track\"><b class=\"{name}\" \
+                 style=\"width:{:.2}%\"></b></span><span>{}/s{}</span></div>",
                 row.bytes_per_s / most * 100.0,
                 human_bytes(row.bytes_per_s as u64),
                 ratio.unwrap_or_default()
@@ -209,15 +213,6 @@ fn distribution(out: &mut String, block_size: usize, rows: &[&&Measurement]) {
     if all.is_empty() {
         return;
     }
-    let powers = (0..12).map(|power| 10_f64.powi(power));
-    let ticks = powers.filter(|ns| (low..=high).contains(ns));
-    let x = Axis {
-        title: "time of one read, logarithmic".into(),
-        ticks: ticks.map(|ns| (ns, human_ns(ns as u64))).collect(),
-        low,
-        high: high.max(low * 10.0),
-        logarithmic: true,
-    };
     let percents = [0.0, 25.0, 50.0, 75.0, 90.0, 100.0];
     let y = Axis {
         title: "of the reads".into(),
@@ -228,7 +223,11 @@ fn distribution(out: &mut String, block_size: usize, rows: &[&&Measurement]) {
     };
     let block = human_bytes(block_size as u64);
     let label = format!("Latency of reads of {block}: which share took no longer");
-    figure(out, &label, &lines(&label, &x, &y, &all));
+    figure(
+        out,
+        &label,
+        &lines(&label, &Axis::times(low, high), &y, &all),
+    );
 }
 
 fn figure(out: &mut String, label: &str, chart: &str) {
@@ -262,18 +261,9 @@ fn scaling(out: &mut String, block_size: usize, streams: &[u32], rows: &[&Measur
         high: f64::from(streams[streams.len() - 1]),
         logarithmic: true,
     };
-    let y = Axis {
-        title: "bytes a second".into(),
-        ticks: [0.0, 0.25, 0.5, 0.75, 1.0]
-            .map(|share| (share * most, human_bytes((share * most) as u64)))
-            .to_vec(),
-        low: 0.0,
-        high: most,
-        logarithmic: false,
-    };
     let block = human_bytes(block_size as u64);
     let label = format!("Throughput by readers at once, blocks of {block}");
-    figure(out, &label, &lines(&label, &x, &y, &all));
+    figure(out, &label, &lines(&label, &x, &Axis::bytes(most), &all));
 }
 
 fn table(out: &mut String, rows: &[&Measurement]) {
@@ -316,10 +306,21 @@ fn table(out: &mut String, rows: &[&Measurement]) {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum;
+
     use super::*;
 
     #[test]
     fn text_is_escaped() {
         assert_eq!(escaped("a<b>\"c'&"), "a&lt;b&gt;&quot;c&#39;&amp;");
+    }
+
+    #[test]
+    fn each_engine_has_a_colour_in_light_and_in_dark() {
+        for engine in crate::cli::Engine::value_variants() {
+            let value = engine.to_possible_value().unwrap();
+            let rule = format!(".{} {{ --engine: #", value.get_name());
+            assert_eq!(STYLE.matches(&rule).count(), 2, "{rule}");
+        }
     }
 }
