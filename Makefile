@@ -10,7 +10,7 @@ LIBDIR ?= $(PREFIX)/lib
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker bench-exec bench-mount fuzz deny install build-lib install-lib header clean
+.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale fuzz deny install build-lib install-lib header clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ bench-tracker: setup ## measure what `run` costs: ARGS='--json FILE --rounds 31'
 
 bench-exec: setup ## measure what `exec` gains and costs: ARGS='--rounds 9'
 	cargo bench --locked --bench exec -- $(ARGS)
+
+bench-scale: setup ## measure how the cost grows: ARGS='--rounds 9'
+	cargo bench --locked --bench scale -- $(ARGS)
 
 bench-mount: setup ## measure what `mount` gains and costs: ARGS='--rounds 9'
 	cargo bench --locked --bench mount -- $(ARGS)

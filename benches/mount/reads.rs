@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{Advice, fadvise};
+use vmafx_bypass::AlignedBuffer;
 
 use crate::{Bench, CLIP, Outcome, SMALL, Way, quantile, ratio};
 
@@ -90,7 +91,7 @@ fn drop_pages(path: &Path) -> Outcome<()> {
 
 /// Nanoseconds for all of a file.
 fn in_order(path: &Path, block: usize) -> Outcome<f64> {
-    let mut buffer = vec![0; block];
+    let mut buffer = AlignedBuffer::new(block);
     let start = Instant::now();
     let mut file = File::open(path)?;
     while file.read(&mut buffer)? > 0 {}
@@ -98,7 +99,7 @@ fn in_order(path: &Path, block: usize) -> Outcome<f64> {
 }
 
 fn at_random(path: &Path, block: usize) -> Outcome<f64> {
-    let mut buffer = vec![0; block];
+    let mut buffer = AlignedBuffer::new(block);
     let file = File::open(path)?;
     let blocks = file.metadata()?.len() / block as u64;
     let mut state = 7_u64;
