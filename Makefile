@@ -10,7 +10,7 @@ LIBDIR ?= $(PREFIX)/lib
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale fuzz deny install build-lib install-lib header clean
+.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale bench-micro fuzz deny install build-lib install-lib header clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,9 @@ bench-scale: setup ## measure how the cost grows: ARGS='--rounds 9'
 
 bench-mount: setup ## measure what `mount` gains and costs: ARGS='--rounds 9'
 	cargo bench --locked --bench mount -- $(ARGS)
+
+bench-micro: ## measure the hot paths by size: ARGS='table' for a part
+	cargo bench --locked --bench micro -- $(ARGS)
 
 fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
 	for target in metadata fingerprint mountinfo handover; do mkdir -p fuzz/corpus/$$target && \

@@ -14,7 +14,7 @@ mod pinned;
 mod reconcile;
 mod session;
 mod state;
-mod table;
+pub mod table;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+pub use abi::RawEvent;
 pub use attach::AttachMode;
 pub use doctor::{Check, checks};
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};

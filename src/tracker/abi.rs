@@ -117,9 +117,10 @@ pub(super) enum Kind {
     Mark,
 }
 
-/// A ring buffer record, decoded.
+/// A ring buffer record, decoded: what the kernel tells of a descriptor or a
+/// process, with the path as it is inside the superblock. `Debug` shows its fields.
 #[derive(Debug, Clone)]
-pub(super) struct RawEvent {
+pub struct RawEvent {
     pub(super) kind: Kind,
     pub(super) ts: u64,
     pub(super) opened_at: u64,
@@ -139,8 +140,10 @@ pub(super) struct RawEvent {
 }
 
 impl RawEvent {
-    /// Decodes a record; `None` where it is none of ours.
-    pub(super) fn decode(record: &[u8]) -> Option<Self> {
+    /// Decodes a record: `struct vb_event` of `src/bpf/rclone_bypass.h`, in this
+    /// machine's byte order, and what is behind it. `None` where it is none of
+    /// ours: too short, of an unknown kind, or with a path that is not all there.
+    pub fn decode(record: &[u8]) -> Option<Self> {
         let event: vb_event = value(record)?;
         let kind = match event.kind {
             EVENT_OPEN => Kind::Open,

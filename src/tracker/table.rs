@@ -1,4 +1,7 @@
 //! The table of tracked descriptors, pure: events in, changes out.
+//!
+//! A [`Tracker`](super::Tracker) keeps one for its users. One of one's own needs no
+//! kernel and no rights: `make bench-micro` measures its updates.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -84,34 +87,51 @@ pub struct Event {
 
 /// What an event of the kernel says, with the path already made absolute.
 #[derive(Debug, Clone)]
-pub(super) enum Report {
+pub enum Report {
     /// A descriptor is there.
     Made {
+        /// How it came; not [`EventKind::Close`].
         kind: EventKind,
+        /// The thread whose call it was.
         tid: u32,
+        /// Which open it is.
         id: Id,
+        /// What is shown of it.
         fd: TrackedFd,
         /// Whether it is below a watched prefix.
         within: bool,
     },
     /// The descriptor that was made at this time is gone.
-    Closed { id: Id, tid: u32, at: SystemTime },
+    Closed {
+        /// Which open it was.
+        id: Id,
+        /// The thread whose call it was.
+        tid: u32,
+        /// When.
+        at: SystemTime,
+    },
     /// A process is gone, and every descriptor it had by then.
     Exited {
+        /// The process.
         pid: u32,
+        /// Its thread that ended last.
         tid: u32,
+        /// When, CLOCK_BOOTTIME, nanoseconds: what is newer stays.
         ts: u64,
+        /// The same as a time of day.
         at: SystemTime,
     },
 }
 
 /// One open of a descriptor, for good: numbers are reused, times are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Id {
-    pub(super) pid: u32,
-    pub(super) fd: u32,
+pub struct Id {
+    /// As [`TrackedFd::pid`].
+    pub pid: u32,
+    /// The descriptor's number.
+    pub fd: u32,
     /// CLOCK_BOOTTIME, nanoseconds.
-    pub(super) opened_at: u64,
+    pub opened_at: u64,
 }
 
 struct Entry {
@@ -122,12 +142,14 @@ struct Entry {
 
 /// A change that a report made.
 #[derive(Debug, Clone)]
-pub(super) struct Change {
+pub struct Change {
     pub(super) id: Id,
     pub(super) within: bool,
     /// Subscribers know of it: its path alone is new.
     pub(super) told: bool,
-    pub(super) event: Event,
+    /// What subscribers are told, unless the path alone is new or it is not below
+    /// a watched prefix.
+    pub event: Event,
 }
 
 /// What agreeing with the kernel's map has changed.
@@ -146,10 +168,12 @@ pub(super) enum Agreed {
 
 /// Every tracked descriptor, by pid and number.
 #[derive(Default)]
-pub(super) struct Table(BTreeMap<(u32, u32), Entry>);
+pub struct Table(BTreeMap<(u32, u32), Entry>);
 
 impl Table {
-    pub(super) fn get(&self, pid: u32, fd: u32) -> Option<Arc<TrackedFd>> {
+    /// The descriptor `fd` of process `pid`, if it is below a watched prefix.
+    #[must_use]
+    pub fn get(&self, pid: u32, fd: u32) -> Option<Arc<TrackedFd>> {
         let entry = self.0.get(&(pid, fd)).filter(|e| e.within)?;
         Some(Arc::clone(&entry.fd))
     }
@@ -162,8 +186,9 @@ impl Table {
             .collect()
     }
 
-    /// Applies a report; returns what changed, in order.
-    pub(super) fn apply(&mut self, report: Report) -> Vec<Change> {
+    /// Applies a report; returns what changed, in order. One that comes late, or
+    /// again, changes nothing that is newer.
+    pub fn apply(&mut self, report: Report) -> Vec<Change> {
         let mut changes = Vec::new();
         match report {
             Report::Made {
