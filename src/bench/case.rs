@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Barrier;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, fadvise};
 use sha2::{Digest, Sha256};
@@ -17,6 +17,8 @@ use crate::aligned::AlignedBuffer;
 
 /// Opens of one run, at most.
 const OPENS: usize = 50;
+/// Before each run: rclone goes on with something when it has been read from.
+const SETTLE: Duration = Duration::from_millis(20);
 /// Bytes that come into the CPU's caches at once.
 const LINE: usize = 64;
 
@@ -57,7 +59,7 @@ struct Stream {
 /// Uses bytes as a program does, one of each of the CPU's cache lines, whether they
 /// were copied or lent.
 fn touch(bytes: &[u8]) {
-    let sum = bytes.iter().step_by(LINE).fold(0_u8, |a, b| a ^ b);
+    let sum = bytes.chunks(LINE).fold(0_u8, |sum, line| sum ^ line[0]);
     std::hint::black_box(sum);
 }
 
@@ -195,6 +197,7 @@ impl<'a> Case<'a> {
             self.drop_pages(&clip, series.engine)?;
         }
         drop(clip);
+        std::thread::sleep(SETTLE);
         if let Some(child) = self.ways.child(series.engine) {
             let ran = child.run(self.pattern, self.block_size, self.streams)?;
             if ran.sha256 != series.sha256 {
