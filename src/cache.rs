@@ -4,6 +4,7 @@
 //! them for rclone's VFS disk cache. Another cache would be another folder
 //! beside it. [`trail`] tells which gates a clip has passed.
 
+pub mod pieces;
 pub mod proof;
 pub mod ranges;
 pub mod rclone;

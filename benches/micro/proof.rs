@@ -3,10 +3,11 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
+use vmafx_bypass::cache::pieces::Pieces;
 use vmafx_bypass::cache::proof::{
     self, Facts, Fingerprint, Metadata, MountFacts, Tie, Timestamp, WritableFacts,
 };
-use vmafx_bypass::cache::ranges::{Place, Ranges, place};
+use vmafx_bypass::cache::ranges::{Place, Ranges};
 use vmafx_bypass::cache::trail::Trail;
 
 use crate::{Numbers, RANGE, RANGES, ranges};
@@ -25,14 +26,14 @@ pub fn lookup(criterion: &mut Criterion) {
     let file = tempfile::tempfile().expect("a temporary file");
     group.bench_function("fstat", |b| b.iter(|| rustix::fs::fstat(&file)));
     for count in RANGES {
-        let pieces = cached(count).pieces(WINDOW);
+        let pieces = Pieces::of(&cached(count), WINDOW);
         assert_eq!(pieces.len() as u64, count);
         let mut numbers = Numbers(1);
         let mut found = 0;
         group.bench_function(BenchmarkId::from_parameter(count), |b| {
             b.iter(|| {
                 let offset = numbers.next(count, found) * 2 * RANGE + RANGE / 2;
-                let Place::In(index) = place(black_box(&pieces), offset) else {
+                let Place::In(index) = black_box(&pieces).place(offset) else {
                     unreachable!("{offset} is in a range");
                 };
                 found = index as u64;
@@ -50,7 +51,7 @@ pub fn pieces(criterion: &mut Criterion) {
         let ranges = cached(count);
         group.throughput(Throughput::Elements(count));
         group.bench_function(BenchmarkId::from_parameter(count), |b| {
-            b.iter(|| black_box(&ranges).pieces(WINDOW));
+            b.iter(|| Pieces::of(black_box(&ranges), WINDOW));
         });
     }
     group.finish();

@@ -119,24 +119,23 @@ pub fn ranges(args: &Args) -> Outcome<()> {
         fs::write(&path, serde_json::to_vec(&info)?)?;
     }
     rig.mount()?;
-    // Of the same places in all, so that what is in the CPU's caches is alike: those
-    // that the least of them list, and of 10,000 ranges each.
-    let blocks = |every: usize, count: usize| -> Vec<u64> {
-        (0..count)
-            .map(|n| (n * every * STEP + BLOCK) as u64)
-            .collect()
-    };
     println!(
-        "\na clip with so many cached ranges: open and read, us; a read of 4 KiB, ns; KiB of memory"
+        "\na clip with so many cached ranges: open and read, us, by fuse and bypassed; a read of 4 KiB, ns; memory"
     );
-    let mut open_now = Vec::new();
+    let mut memory = Vec::new();
     for count in counts {
         let before = resident()?;
         let path = rig.mountpoint().join(name(count));
         let clips = (0..20).map(|_| BypassFile::open(&path));
         let clips: Vec<BypassFile> = clips.collect::<io::Result<_>>()?;
-        open_now.push((resident()?.saturating_sub(before)) as f64 / clips.len() as f64);
+        memory.push((resident()?.saturating_sub(before)) as f64 / clips.len() as f64);
     }
+    let by_fuse = rounds(args, counts.len(), |index| {
+        let path = rig.mountpoint().join(name(counts[index]));
+        let start = Instant::now();
+        File::open(path)?.read_exact_at(&mut [0; BLOCK], BLOCK as u64)?;
+        Ok(start.elapsed().as_nanos() as f64)
+    })?;
     let open = rounds(args, counts.len(), |index| {
         let path = rig.mountpoint().join(name(counts[index]));
         let start = Instant::now();
@@ -148,13 +147,13 @@ pub fn ranges(args: &Args) -> Outcome<()> {
     })?;
     let read = rounds(args, counts.len(), |index| {
         let clip = BypassFile::open(rig.mountpoint().join(name(counts[index])))?;
-        // A hundred places for those with fewer ranges; among all ranges for the rest.
-        let places = counts[index].clamp(100, 10_000);
-        let blocks = if counts[index] == 1 {
-            blocks(1, 10_000)
+        // The same places as of 10,000, so that the CPU's caches have as much to do.
+        let ranges = if counts[index] == 1 {
+            10_000
         } else {
-            blocks(1, places)
+            counts[index]
         };
+        let blocks: Vec<u64> = (0..ranges).map(|n| (n * STEP + BLOCK) as u64).collect();
         // What is read first is looked for holes, once.
         at_random(&clip, &blocks)?;
         let took = at_random(&clip, &blocks)?;
@@ -163,11 +162,12 @@ pub fn ranges(args: &Args) -> Outcome<()> {
     })?;
     for (index, count) in counts.iter().enumerate() {
         println!(
-            "{count:>6} ranges  open {:<28} read {:<26} {:>22} times one range's; {:.0} KiB",
+            "{count:>6} ranges  by fuse {:<26} open {:<26} read {:<26} {:>22} times one range's; {:.0} KiB",
+            shown(&by_fuse[index], 1e3),
             shown(&open[index], 1e3),
             shown(&read[index], 1.0),
             ratio(&read[index], &read[0]),
-            open_now[index] / 1024.0
+            memory[index] / 1024.0
         );
     }
     Ok(())

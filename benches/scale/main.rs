@@ -10,6 +10,7 @@ mod shares;
 
 use std::error::Error;
 use std::path::PathBuf;
+use std::process::Command;
 
 use clap::{Parser, ValueEnum};
 use common::quantile;
@@ -95,8 +96,29 @@ fn shown(samples: &[f64], unit: f64) -> String {
     format!("{middle:.2} ({low:.2} to {high:.2})")
 }
 
+fn each_by_itself(args: &Args) -> Outcome<()> {
+    for part in &args.only {
+        let name = part.to_possible_value().ok_or("a part without a name")?;
+        let status = Command::new(std::env::current_exe()?)
+            .args(["--only", name.get_name()])
+            .args(["--rounds", &args.rounds.to_string()])
+            .arg("--rclone")
+            .arg(&args.rclone)
+            .status()?;
+        if !status.success() {
+            return Err(format!("{}: {status}", name.get_name()).into());
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Outcome<()> {
     let args = Args::parse();
+    // Each part by a process of its own: the memory that one leaves free would hide
+    // what the next one takes.
+    if let [_, _, ..] = args.only[..] {
+        return each_by_itself(&args);
+    }
     let release = rustix::system::uname();
     println!(
         "linux {}, {} CPUs, {} rounds",

@@ -16,6 +16,7 @@ use super::origin::Origin;
 use super::prove::check_read_only;
 use super::pulled::Pulled;
 use super::verify::{FileKey, check_quarantine};
+use crate::cache::pieces::Pieces;
 use crate::cache::proof::{Proof, Timestamp};
 use crate::cache::ranges::{Place, Span, place};
 use crate::mounts::Dev;
@@ -50,7 +51,7 @@ pub(super) struct Epoch {
     data: File,
     path: PathBuf,
     proof: Proof,
-    pieces: Box<[Span]>,
+    pieces: Pieces,
     checked: Box<[AtomicU8]>,
     /// `None`: what is read through FUSE may not be in the data file.
     pulled: Option<Pulled>,
@@ -77,7 +78,7 @@ impl Epoch {
         dev: Dev,
         key: FileKey,
     ) -> Self {
-        let pieces = proof.ranges.pieces(WINDOW).into_boxed_slice();
+        let pieces = Pieces::of(&proof.ranges, WINDOW);
         Self {
             data,
             path,
@@ -124,7 +125,7 @@ impl Epoch {
         }
         let limit =
             |end: u64| usize::try_from(end - offset).map_or(buffer.len(), |n| n.min(buffer.len()));
-        let index = match place(&self.pieces, offset) {
+        let index = match self.pieces.place(offset) {
             Place::In(index) => index,
             Place::Before(next) => return self.read_pulled(buffer, offset, next, companion),
         };
