@@ -173,7 +173,7 @@ pub struct ReadArgs {
     /// Bytes read at once.
     #[arg(long, default_value = "1MiB", value_name = "SIZE", value_parser = parse_block_size)]
     pub block_size: Size,
-    /// How to read: `auto` takes the fastest that is right.
+    /// How to read: `auto` takes what is fastest of one reading, pread(2).
     #[arg(long, value_enum, default_value_t = ReadEngine::Auto)]
     pub engine: ReadEngine,
     /// Compare what comes from the cache with FUSE's bytes: up to 4 KiB of the
@@ -221,8 +221,11 @@ pub struct ExplainArgs {
 pub enum ReadEngine {
     /// From the cache where proven, through FUSE elsewhere.
     Auto,
-    /// The same, by pread(2).
+    /// The same, by pread(2): the fastest for one reading.
     Pread,
+    /// A whole clip from a snapshot in memory or on the cache's file system; one that
+    /// cannot be had so is read by pread(2).
+    Mmap,
     /// Through FUSE alone.
     Fuse,
 }

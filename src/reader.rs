@@ -203,6 +203,13 @@ impl BypassFile {
         }
     }
 
+    /// Tells the kernel that the cache file is read in order.
+    fn advise_in_order(&self) {
+        if let State::Active(epoch) = &**self.state.load() {
+            epoch.advise_in_order();
+        }
+    }
+
     /// Whether bytes may be kept for a while once they were read.
     fn may_read_ahead(&self) -> bool {
         match &**self.state.load() {

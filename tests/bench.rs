@@ -3,8 +3,12 @@
 
 mod common;
 
-use common::{assert_fails, need_root, program, run, stderr};
+use std::path::Path;
+
+use common::clips::{CLIP, MIB, each_rclone};
+use common::{assert_fails, content, need_root, program, put, run, stderr};
 use serde_json::Value;
+use vmafx_bypass::rig::{Rig, RigOptions};
 
 const SMALL: [&str; 7] = [
     "bench",
@@ -138,6 +142,103 @@ fn ways_without_a_copy_and_a_local_copy_read_the_same() {
         );
     }
     assert_eq!(results[0]["sha256"], results[4]["sha256"]);
+}
+
+#[test]
+fn whatever_can_run_here_is_compared_and_the_rest_told() {
+    need_root();
+    let mut args = SMALL.to_vec();
+    args.extend(["--engines=all", "--pattern=sequential,random,open"]);
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let left_out: Vec<&str> = report["left_out"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|left| {
+            assert!(!left["why"].as_str().unwrap().is_empty());
+            left["engine"].as_str().unwrap()
+        })
+        .collect();
+    // No server is asked; passthrough is Linux 6.9.
+    assert!(left_out.contains(&"handover"), "{left_out:?}");
+    assert!(
+        left_out
+            .iter()
+            .all(|left| ["handover", "mount"].contains(left)),
+        "{left_out:?}"
+    );
+    let results = report["results"].as_array().unwrap();
+    for engine in [
+        "fuse",
+        "fuse_tuned",
+        "bypass",
+        "bufread",
+        "mmap",
+        "exec",
+        "raw",
+        "io_uring",
+        "preload",
+        "copy",
+    ] {
+        let own = results.iter().filter(|result| result["engine"] == engine);
+        assert_eq!(own.clone().count(), 3 * 2, "{engine}");
+        for result in own {
+            assert_eq!(result["fuse_bytes"], 0, "{result}");
+            let first = results.iter().find(|first| {
+                first["pattern"] == result["pattern"] && first["block_size"] == result["block_size"]
+            });
+            assert_eq!(result["sha256"], first.unwrap()["sha256"], "{result}");
+            let runs = if result["pattern"] == "open" { 2 } else { 1 };
+            assert!(result["open_ns"].as_array().unwrap().len() >= runs);
+        }
+    }
+    // One that is named has to run.
+    let named = run(&["bench", "--generate=1MiB", "-q", "--engines=fuse,handover"]);
+    assert_fails(&named, 3, "the engine handover cannot run");
+}
+
+#[test]
+fn another_mount_of_the_remote_is_compared_by_its_folder() {
+    each_rclone(MIB, &[], |rig, _| {
+        let clip = |rig: &Rig| rig.cache_whole(Path::new(CLIP)).unwrap();
+        let options = RigOptions {
+            remote: Some(rig.remote().to_owned()),
+            ..RigOptions::default()
+        };
+        let other = Rig::start(options, |_| Ok(())).unwrap();
+        clip(rig);
+        clip(&other);
+        let bench = |tuned: &Path| {
+            program()
+                .args([
+                    "bench",
+                    CLIP,
+                    "--engines=fuse,fuse_tuned",
+                    "--runs=1",
+                    "--prefix",
+                ])
+                .arg(rig.mountpoint())
+                .arg("--tuned")
+                .arg(tuned)
+                .args(["--block-size=64KiB", "--format=json"])
+                .output()
+                .unwrap()
+        };
+        let output = bench(&other.mountpoint());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["results"][1]["engine"], "fuse_tuned");
+        assert_fails(&bench(Path::new("/no/such")), 1, "No such file");
+        // Of other bytes no ratio tells anything.
+        put(&other.folder().join("mount2"), CLIP, &content(2, MIB));
+        assert_fails(
+            &bench(&other.folder().join("mount2")),
+            4,
+            "read other bytes",
+        );
+    });
 }
 
 #[test]

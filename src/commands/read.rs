@@ -1,12 +1,15 @@
 //! `read`: the bytes of a file, by the way that is proven.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vmafx_bypass::{AlignedBuffer, BypassFile, BypassOptions, Reason, Verify};
+use vmafx_bypass::snapshot::{Mapped, SnapshotMode, SnapshotOptions, Snapshots};
+use vmafx_bypass::{AlignedBuffer, BypassFile, BypassOptions, Reason, Refusal, Verify};
 
 use crate::cli::{Format, ReadArgs, ReadEngine, VerifyMode};
 use crate::exit::{Coded, Exit};
@@ -16,10 +19,26 @@ use crate::signals::{Interrupted, Signals};
 /// Reads and reports.
 pub fn run(args: &ReadArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let interrupted = signals.watch(|| {});
+    if args.engine == ReadEngine::Mmap {
+        if args.verify != VerifyMode::Off {
+            let text = "--verify compares what pread reads: leave out --engine mmap";
+            return Err(Coded::error(Exit::Usage, text));
+        }
+        let started = Instant::now();
+        match map(&args.path)? {
+            Ok(map) => return write_map(&map, args, started, &interrupted),
+            Err(refusal) => notes.note(format_args!(
+                "note: `{}` is not mapped: {refusal}; it is read by pread",
+                args.path.display()
+            )),
+        }
+    }
     let started = Instant::now();
     let file = match args.engine {
         ReadEngine::Fuse => BypassFile::open_fuse_only(&args.path),
-        ReadEngine::Auto | ReadEngine::Pread => options(args.socket.as_deref()).open(&args.path),
+        ReadEngine::Auto | ReadEngine::Pread | ReadEngine::Mmap => {
+            options(args.socket.as_deref()).open(&args.path)
+        }
     }
     .with_context(|| format!("`{}`", args.path.display()))?
     .verifying(match args.verify {
@@ -139,6 +158,62 @@ impl Report {
             self.open_ns as f64 / 1e6
         ))
     }
+}
+
+/// Maps a whole clip, or says why it is none that can be.
+fn map(path: &Path) -> Result<Result<Mapped, Refusal>> {
+    let snapshots = Snapshots::of_huge_pages(SnapshotOptions {
+        mode: SnapshotMode::Auto,
+        // What memory there is limits it.
+        copy_budget: u64::MAX,
+    });
+    // Who may not read it fails here.
+    let clip = File::open(path).with_context(|| format!("`{}`", path.display()))?;
+    let whole = snapshots.open(clip.as_fd());
+    Ok(whole.and_then(|whole| whole.map()))
+}
+
+fn write_map(
+    map: &Mapped,
+    args: &ReadArgs,
+    started: Instant,
+    interrupted: &Interrupted,
+) -> Result<Exit> {
+    let open_ns = started.elapsed().as_nanos() as u64;
+    let mut sink = Sink::open(&args.output)?;
+    let started = Instant::now();
+    let at = |offset: u64| usize::try_from(offset).map_or(map.len(), |n| n.min(map.len()));
+    let start = at(args.offset.0);
+    let end = args.length.map_or(map.len(), |length| {
+        at(args.offset.0.saturating_add(length.0))
+    });
+    for block in map[start..end].chunks(args.block_size.0 as usize) {
+        if let Some(exit) = interrupted.exit() {
+            return Ok(exit);
+        }
+        sink.write(block)?;
+    }
+    let read_ns = started.elapsed().as_nanos() as u64;
+    sink.finish()?;
+    if let Some(format) = args.stats {
+        let path = std::fs::canonicalize(&args.path).unwrap_or_else(|_| args.path.clone());
+        let bytes = (end - start) as u64;
+        let report = Report {
+            schema: SCHEMA,
+            path: JsonPath::new(Some(&path)),
+            state: "active",
+            bytes,
+            cache_bytes: bytes,
+            fuse_bytes: 0,
+            verified_bytes: 0,
+            mismatch_offset: None,
+            bytes_by_reason: BTreeMap::new(),
+            open_ns,
+            read_ns,
+        };
+        output::report(report.render(format)?);
+    }
+    Ok(Exit::Done)
 }
 
 /// Copies what was asked for; false when a signal ended it.

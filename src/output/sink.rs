@@ -8,7 +8,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::NamedTempFile;
+
+/// Bytes of a pipe: the default of /proc/sys/fs/pipe-max-size.
+const PIPE: i32 = 1 << 20;
 
 /// Where the bytes go.
 pub enum Sink {
@@ -26,10 +30,10 @@ impl Sink {
     /// Opens `-`, a file to be made or replaced, or a device or pipe.
     pub fn open(output: &Path) -> Result<Self> {
         if output == Path::new("-") {
-            return Ok(Self::Stream {
-                file: raw_stdout().context("standard output")?,
-                name: "standard output".into(),
-            });
+            return Ok(Self::stream(
+                raw_stdout().context("standard output")?,
+                "standard output".into(),
+            ));
         }
         let name = format!("`{}`", output.display());
         // A symlink stays one: what it leads to is replaced.
@@ -41,7 +45,7 @@ impl Sink {
                     .write(true)
                     .open(&target)
                     .with_context(|| name.clone())?;
-                return Ok(Self::Stream { file, name });
+                return Ok(Self::stream(file, name));
             }
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -58,6 +62,14 @@ impl Sink {
             .tempfile_in(folder)
             .with_context(|| format!("a temporary file beside {name}"))?;
         Ok(Self::Whole { file, target })
+    }
+
+    /// A pipe is made as large as anyone may make one: through one of 64 KiB, the
+    /// default, 100 MiB take 250 ms, through one of 1 MiB 54.
+    fn stream(file: File, name: String) -> Self {
+        // Refused of other files, and where the user has too many large ones.
+        let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(PIPE));
+        Self::Stream { file, name }
     }
 
     /// Adds bytes.

@@ -59,6 +59,9 @@ impl ReadAhead {
         if n > 0 {
             file.counters.add_cache(n);
         } else {
+            if position == self.next {
+                file.advise_in_order();
+            }
             if out.len() < SMALL
                 && position == self.next
                 && file.may_read_ahead()
