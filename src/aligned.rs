@@ -1,5 +1,6 @@
 //! Buffers that begin at a page.
 
+use std::fmt;
 use std::ops::{Deref, DerefMut};
 
 /// Bytes of a page, on every machine at least a divisor of one.
@@ -21,7 +22,7 @@ const PAGE: usize = 4096;
 /// assert_eq!(block.as_ptr() as usize % 4096, 0);
 /// block[0] = 1;
 /// ```
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct AlignedBuffer {
     memory: Vec<u8>,
     start: usize,
@@ -38,6 +39,14 @@ impl AlignedBuffer {
             memory,
             length,
         }
+    }
+}
+
+impl fmt::Debug for AlignedBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AlignedBuffer")
+            .field("len", &self.length)
+            .finish_non_exhaustive()
     }
 }
 

@@ -248,7 +248,20 @@ fn measure_where(
                     }
                     progress(clip, pattern, block_size);
                     let case = Case::new(clip, pattern, block_size, streams, plan.cold, &ways)?;
-                    let measured = case.measure(&engines, plan.runs, &mut stop)?;
+                    let measured = loop {
+                        match case.measure(&engines, plan.runs, &mut stop) {
+                            // Of others it is to be told what they have.
+                            Err(BenchError::Engine { path, engine, why }) if plan.leave_out => {
+                                let Some(at) = engines.iter().position(|e| e.name() == engine)
+                                else {
+                                    continue;
+                                };
+                                let engine = engines.remove(at);
+                                results.left_out.push(LeftOut { path, engine, why });
+                            }
+                            measured => break measured?,
+                        }
+                    };
                     results.measurements.extend(measured);
                 }
             }

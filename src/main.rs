@@ -25,8 +25,14 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(&args, &notes, signals),
         Command::DumpMap(args) => commands::dump_map::run(&args, &notes, signals),
         Command::Read(args) => commands::read::run(&args, &notes, signals),
-        Command::Doctor(args) => commands::doctor::run(&args, &notes),
-        Command::Explain(args) => commands::explain::run(&args),
+        Command::Doctor(args) => {
+            signals.unblock();
+            commands::doctor::run(&args, &notes)
+        }
+        Command::Explain(args) => {
+            signals.unblock();
+            commands::explain::run(&args)
+        }
         Command::Bench(args) => commands::bench::run(&args, &notes, signals),
         Command::Exec(args) => commands::exec::run(&args, &notes, signals),
         #[cfg(feature = "mount")]

@@ -203,8 +203,10 @@ impl BypassFile {
         }
     }
 
-    /// Tells the kernel that the cache file is read in order.
-    fn advise_in_order(&self) {
+    /// Has the kernel read further ahead where the cache file is not in memory: for
+    /// who reads in order by [`read_at`](Self::read_at). [`Read`] and [`BufRead`] do it
+    /// by themselves.
+    pub fn advise_in_order(&self) {
         if let State::Active(epoch) = &**self.state.load() {
             epoch.advise_in_order();
         }

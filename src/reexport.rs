@@ -166,7 +166,7 @@ impl Mounted {
         let mut refusal = why_not(options, &source)?;
         let snapshots = refusal
             .is_none()
-            .then(|| Snapshots::for_kernel(options.snapshots));
+            .then(|| Snapshots::of_huge_pages(options.snapshots));
         let shared = Arc::new(Shared::new(
             Source::new(source.clone()),
             snapshots,

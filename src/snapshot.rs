@@ -4,7 +4,7 @@
 //! read whether the file still is the clip's; and rclone, when a clip changes at
 //! the remote while anyone has it open, writes the new bytes into the old,
 //! unlinked file. So a clip is handed over as a *snapshot*: a reflink beside
-//! the cache file, or a sealed copy in memory. See `docs/SEMANTICS.md`.
+//! the cache file, or a copy in memory that nobody can change. See `docs/SEMANTICS.md`.
 
 mod copy;
 mod huge;
@@ -15,13 +15,12 @@ mod reflink;
 mod store;
 
 use std::ffi::CStr;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{IFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
 use crate::cache::proof::Timestamp;
 use crate::optin::{self, OptIn};
@@ -38,7 +37,7 @@ const PROVE_AGAIN_MS: u64 = 1_000;
 /// How a whole clip is handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SnapshotMode {
-    /// As a reflink where the cache's file system can, else as a sealed copy.
+    /// As a reflink where the cache's file system can, else as a copy in memory.
     Auto,
     /// The same; whoever asks for it takes no other way where that fails.
     Require,
@@ -54,7 +53,7 @@ pub enum SnapshotMode {
 pub enum SnapshotKind {
     /// A file of its own, which shares the cache file's blocks.
     Reflink,
-    /// A sealed copy in memory.
+    /// A copy in memory that nobody can change.
     Copy,
     /// The cache file itself: its bytes may change when the remote's do.
     Live,
@@ -107,7 +106,7 @@ pub struct Whole {
 pub struct SnapshotOptions {
     /// Which kinds.
     pub mode: SnapshotMode,
-    /// Bytes that sealed copies may take at once. What was handed over counts
+    /// Bytes that copies may take at once. What was handed over counts
     /// as long as anyone has it open, also after its clip has changed.
     pub copy_budget: u64,
 }
@@ -140,8 +139,8 @@ pub struct SnapshotOptions {
 /// ```
 pub struct Snapshots {
     options: SnapshotOptions,
-    /// Where copies are made of huge pages, for this process alone.
-    huge: Option<huge::Folder>,
+    /// Whether copies are of huge pages, where they can be.
+    huge: bool,
     store: Store,
     /// Bytes of the copies that are being made.
     filling: AtomicU64,
@@ -187,33 +186,21 @@ impl Snapshots {
     pub fn new(options: SnapshotOptions) -> Self {
         Self {
             options,
-            huge: None,
+            huge: false,
             store: Store::new(options.copy_budget),
             filling: AtomicU64::new(0),
         }
     }
 
-    /// As [`of_huge_pages`](Self::of_huge_pages), also where copies are not immutable:
-    /// for the kernel to read from, and no other process.
-    #[cfg(feature = "mount")]
-    pub(crate) fn for_kernel(options: SnapshotOptions) -> Self {
-        Self {
-            huge: huge::Folder::new().ok(),
-            ..Self::new(options)
-        }
-    }
-
     /// As [`new`](Self::new), with copies of huge pages where this process may mount
-    /// (root) and Linux is 6.6 or newer: they are made and read in half the time, and
-    /// mapped with one fault for 2 MiB. They are not sealed but immutable, without a
-    /// name, on a tmpfs that is mounted nowhere: a process that has
-    /// CAP_LINUX_IMMUTABLE and is given one could end that, if it wanted to. Elsewhere
-    /// copies are sealed, of small pages.
+    /// (root): they are made and read in half the time, and mapped with one fault for 2
+    /// MiB. They are not sealed, which a [handover](crate::handover) client would ask
+    /// for: each is a file without a name on a read-only tmpfs that is mounted nowhere.
+    /// Elsewhere copies are sealed, of small pages.
     #[must_use]
     pub fn of_huge_pages(options: SnapshotOptions) -> Self {
-        let huge = huge::Folder::new().ok();
         Self {
-            huge: huge.filter(huge::Folder::makes_immutable),
+            huge: true,
             ..Self::new(options)
         }
     }
@@ -328,8 +315,10 @@ impl Snapshots {
 impl Snapshots {
     /// A copy, of huge pages if they were asked for and are to be had.
     fn copy(&self, clip: &WholeClip) -> Result<OwnedFd, Refusal> {
-        if let Some(folder) = &self.huge {
-            return huge::copy_of(clip, folder);
+        if self.huge
+            && let Ok(tmpfs) = huge::tmpfs()
+        {
+            return huge::copy_of(clip, &tmpfs);
         }
         copy::of(clip)
     }
@@ -384,15 +373,6 @@ fn dress(file: impl AsFd, clip: &WholeClip) -> Result<(), Refusal> {
     // Its owner could open it for writing, by /proc, with any more.
     let mode = Mode::from_raw_mode(clip.permissions()? & 0o444 | 0o400);
     rustix::fs::fchmod(&file, mode).map_err(|e| failed("fchmod", e))
-}
-
-/// Bars everybody from opening a file for writing; root may end it.
-///
-/// # Errors
-/// Where its file system does not know it, or we are not root.
-fn make_immutable(file: &File) -> io::Result<()> {
-    let flags = rustix::fs::ioctl_getflags(file)?;
-    Ok(rustix::fs::ioctl_setflags(file, flags | IFlags::IMMUTABLE)?)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -168,10 +168,6 @@ struct MountAttr {
 /// # Errors
 /// EPERM unless we may mount; EINVAL where the file's mount is in neither.
 pub(crate) fn open_on_read_only_mount(file: impl AsFd, other: Option<u32>) -> io::Result<OwnedFd> {
-    // The same numbers on every architecture (include/uapi/asm-generic/unistd.h,
-    // include/uapi/linux/mount.h).
-    const SYS_MOUNT_SETATTR: nix::libc::c_long = 442;
-    const MOUNT_ATTR_RDONLY: u64 = 1;
     let file = file.as_fd();
     let mount = match (clone_mount(file), other) {
         (Err(e), Some(pid)) if e.raw_os_error() == Some(nix::libc::EINVAL) => {
@@ -179,6 +175,21 @@ pub(crate) fn open_on_read_only_mount(file: impl AsFd, other: Option<u32>) -> io
         }
         (cloned, _) => cloned,
     }?;
+    make_read_only(&mount)?;
+    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Makes a mount that is ours alone read-only, once and for all: mount_setattr(2).
+///
+/// # Errors
+/// EBUSY while anybody has a file on it open for writing.
+pub(crate) fn make_read_only(mount: &OwnedFd) -> io::Result<()> {
+    // The same numbers on every architecture (include/uapi/asm-generic/unistd.h,
+    // include/uapi/linux/mount.h).
+    const SYS_MOUNT_SETATTR: nix::libc::c_long = 442;
+    const MOUNT_ATTR_RDONLY: u64 = 1;
     let change = MountAttr {
         set: MOUNT_ATTR_RDONLY,
         clear: 0,
@@ -200,9 +211,7 @@ pub(crate) fn open_on_read_only_mount(file: impl AsFd, other: Option<u32>) -> io
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
-    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+    Ok(())
 }
 
 /// A mount of nothing but a file.

@@ -245,13 +245,19 @@ fn another_mount_of_the_remote_is_compared_by_its_folder() {
 fn cold_clips_come_from_the_disk_and_what_is_in_memory_is_refused() {
     need_root();
     let mut args = SMALL.to_vec();
-    args.extend(["--cold", "--engines=fuse,bypass,bufread,raw,copy"]);
+    args.extend([
+        "--cold",
+        "--engines=fuse,fuse_tuned,bypass,bufread,raw,copy",
+    ]);
     let output = run(&args);
     assert!(output.status.success(), "{}", stderr(&output));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["environment"]["page_cache"], "cold");
-    *args.last_mut().unwrap() = "--engines=fuse,bypass,mmap";
-    assert_fails(&run(&args), 3, "never cold");
+    for engines in ["fuse,mmap", "fuse,exec", "fuse,preload"] {
+        args.truncate(SMALL.len() - 1);
+        args.extend(["--cold", "--engines", engines]);
+        assert_fails(&run(&args), 3, "never cold");
+    }
 }
 
 #[test]
@@ -370,6 +376,36 @@ fn without_rclone_there_is_nothing_to_generate() {
     need_root();
     let output = run(&["bench", "--generate=1MiB", "--rclone=/no/such", "-q"]);
     assert_fails(&output, 3, "`/no/such`");
+}
+
+#[test]
+fn an_interrupted_bench_ends_the_programs_that_it_runs() {
+    need_root();
+    for engine in ["exec", "preload"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = program()
+            .args(["bench", "--generate=8MiB", "--runs=10000", "-q"])
+            .arg(format!("--engines={engine}"))
+            .env("TMPDIR", folder.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let reading = || {
+            let all = std::fs::read_dir("/proc").unwrap().flatten();
+            let lines = all.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+            let lines = lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+            let inside = |line: &String| {
+                line.contains("--engines=fuse\0") && line.contains(folder.path().to_str().unwrap())
+            };
+            lines.filter(inside).count()
+        };
+        common::eventually("a program that reads", || reading() > 0);
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert_eq!(reading(), 0);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use vmafx_bypass::Reason;
+use vmafx_bypass::bench::Engine;
 use vmafx_bypass::cache::trail::Gate;
 
 const REFERENCE: &str = include_str!("../docs/REFERENCE.md");
@@ -43,10 +44,14 @@ const TESTS: &str = concat!(
     include_str!("torture/main.rs"),
 );
 
-/// The first cells, in back-ticks, of the table below a heading.
+/// The first cells, in back-ticks, of the table below a heading of the reference.
 fn table(heading: &str) -> BTreeSet<&'static str> {
-    let start = REFERENCE.find(&format!("## {heading}\n")).unwrap() + 3;
-    let section = REFERENCE[start..].split("\n## ").next().unwrap();
+    table_of(REFERENCE, heading)
+}
+
+fn table_of(text: &'static str, heading: &str) -> BTreeSet<&'static str> {
+    let start = text.find(&format!("## {heading}\n")).unwrap() + 3;
+    let section = text[start..].split("\n## ").next().unwrap();
     let cells = section.lines().filter_map(|line| line.strip_prefix("| `"));
     cells.filter_map(|rest| rest.split('`').next()).collect()
 }
@@ -55,6 +60,16 @@ fn table(heading: &str) -> BTreeSet<&'static str> {
 fn every_reason_is_documented() {
     let reasons: BTreeSet<_> = Reason::ALL.iter().map(|r| r.name()).collect();
     assert_eq!(table("Reasons"), reasons);
+}
+
+#[test]
+fn every_way_that_is_compared_is_documented() {
+    let text = include_str!("../docs/BENCHMARKING.md");
+    let engines: BTreeSet<_> = Engine::ALL.iter().map(|e| e.name()).collect();
+    let documented = table_of(text, "Ways to read");
+    // A build without some of them documents them, too.
+    let missing: Vec<_> = engines.difference(&documented).collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 #[test]

@@ -10,10 +10,9 @@ use std::sync::Mutex;
 
 use common::clips::*;
 use common::eventually;
-use common::snapshots::{ask, bytes_of, snapshots};
+use common::snapshots::{ask, bytes_of, of_both};
 use vmafx_bypass::Reason;
 use vmafx_bypass::rig::Rig;
-use vmafx_bypass::snapshot::SnapshotMode;
 
 /// A process has one tracer.
 static ONE: Mutex<()> = Mutex::new(());
@@ -54,10 +53,11 @@ fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
             });
         }),
     ];
-    for (what, change) in changes {
+    for (huge, (what, change)) in changes.iter().flat_map(|c| [(0, *c), (1, *c)]) {
         each_rclone(16 * MIB, &[], |rig, bytes| {
             rig.cache_whole(Path::new(CLIP)).unwrap();
-            let snapshots = snapshots(SnapshotMode::Auto, 64 * MIB);
+            let [sealed, of_huge_pages] = of_both(64 * MIB);
+            let snapshots = if huge == 1 { of_huge_pages } else { sealed };
             let path = clip(rig);
             let slow = Slow::start(std::process::id(), "pread64:delay_exit=50ms");
             let result = std::thread::scope(|scope| {
@@ -87,5 +87,10 @@ fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
 fn copies() -> bool {
     let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
     open.filter_map(|fd| fs::read_link(fd.path()).ok())
-        .any(|target| target.to_string_lossy().contains("memfd:vmafx-bypass-clip"))
+        .any(|target| {
+            let target = target.to_string_lossy();
+            // Sealed; or without a name in the root of a tmpfs, which is nowhere.
+            target.contains("memfd:vmafx-bypass-clip")
+                || (target.starts_with("/#") && target.ends_with(" (deleted)"))
+        })
 }

@@ -112,7 +112,7 @@ impl<'a> Case<'a> {
             if stop() {
                 return Err(BenchError::Stopped);
             }
-            series.push(self.checksum(engine)?);
+            series.push(self.checksum(engine, stop)?);
         }
         let before: Vec<u64> = engines.iter().map(|e| self.ways.fuse_bytes(*e)).collect();
         if let Some((first, rest)) = series.split_first()
@@ -130,7 +130,7 @@ impl<'a> Case<'a> {
                     return Err(BenchError::Stopped);
                 }
                 let turn = if run % 2 == 1 { count - 1 - turn } else { turn };
-                self.run(&mut series[(run + turn) % count])?;
+                self.run(&mut series[(run + turn) % count], stop)?;
             }
         }
         for (series, before) in series.iter_mut().zip(before) {
@@ -157,10 +157,14 @@ impl<'a> Case<'a> {
     }
 
     /// Reads once as a run does, and hashes what was read.
-    fn checksum(&self, engine: Engine) -> Result<Series, BenchError> {
+    fn checksum(
+        &self,
+        engine: Engine,
+        stop: &mut impl FnMut() -> bool,
+    ) -> Result<Series, BenchError> {
         let sha256 = match self.ways.child(engine) {
             Some(child) => {
-                let ran = child.run(self.pattern, self.block_size, self.streams);
+                let ran = child.run(self.pattern, self.block_size, self.streams, stop);
                 ran?.sha256
             }
             None => self.hash(engine)?,
@@ -176,7 +180,8 @@ impl<'a> Case<'a> {
     }
 
     fn hash(&self, engine: Engine) -> Result<String, BenchError> {
-        let mut file = self.ways.open_by(engine, self.block_size)?;
+        let raw = self.ways.raw_of(engine)?;
+        let mut file = self.ways.open_by(engine, self.block_size, raw.as_deref())?;
         let mut hash = Sha256::new();
         let mut block = AlignedBuffer::new(self.block_size);
         self.read(&mut file, &mut block, |bytes, _| hash.update(bytes))?;
@@ -189,7 +194,7 @@ impl<'a> Case<'a> {
         Ok(sha256)
     }
 
-    fn run(&self, series: &mut Series) -> Result<(), BenchError> {
+    fn run(&self, series: &mut Series, stop: &mut impl FnMut() -> bool) -> Result<(), BenchError> {
         // An open drops the pages that FUSE has cached, 15 ms for 100 MiB: not
         // to be paid by whichever engine comes after the one that read them.
         let clip = File::open(self.clip).map_err(|e| self.io(e))?;
@@ -199,7 +204,7 @@ impl<'a> Case<'a> {
         drop(clip);
         std::thread::sleep(SETTLE);
         if let Some(child) = self.ways.child(series.engine) {
-            let ran = child.run(self.pattern, self.block_size, self.streams)?;
+            let ran = child.run(self.pattern, self.block_size, self.streams, stop)?;
             if ran.sha256 != series.sha256 {
                 return Err(self.mismatch(series.engine, series.engine));
             }
@@ -208,11 +213,7 @@ impl<'a> Case<'a> {
             series.open_ns.extend(ran.open_ns);
             return Ok(());
         }
-        // The raw file's path comes from a proof, which is not raw's to pay.
-        let raw = match (series.engine, self.pattern) {
-            (Engine::Raw, Pattern::Open) => Some(self.ways.raw_path()?),
-            _ => None,
-        };
+        let raw = self.ways.raw_of(series.engine)?;
         let together = Barrier::new(self.streams as usize);
         let streams: Vec<Result<Stream, BenchError>> = std::thread::scope(|scope| {
             let start = |_| scope.spawn(|| self.stream(series.engine, raw.as_deref(), &together));
@@ -252,7 +253,7 @@ impl<'a> Case<'a> {
         let _ = drop_of(clip);
         let raw = File::open(self.ways.raw_path()?).map_err(|e| self.io(e))?;
         drop_of(&raw).map_err(|e| self.io(e.into()))?;
-        if let Some(other) = self.ways.other_file(engine) {
+        for other in self.ways.other_files(engine) {
             let other = File::open(&other).map_err(|e| self.io(e))?;
             let _ = drop_of(&other);
         }
@@ -274,7 +275,7 @@ impl<'a> Case<'a> {
             return self.open_and_read(engine, raw, &mut block);
         }
         let opening = Instant::now();
-        let file = self.ways.open_by(engine, self.block_size);
+        let file = self.ways.open_by(engine, self.block_size, raw);
         let open_ns = vec![opening.elapsed().as_nanos() as u64];
         // Also after an error: the others wait.
         together.wait();
@@ -310,10 +311,7 @@ impl<'a> Case<'a> {
         let mut fuse_bytes = 0;
         for &offset in &self.offsets {
             let started = Instant::now();
-            let mut file = match raw {
-                Some(path) => Opened::Plain(File::open(path).map_err(|e| self.io(e))?),
-                None => self.ways.open_by(engine, self.block_size)?,
-            };
+            let mut file = self.ways.open_by(engine, self.block_size, raw)?;
             open_ns.push(started.elapsed().as_nanos() as u64);
             touch(file.at(block, offset).map_err(|e| self.io(e))?);
             samples_ns.push(started.elapsed().as_nanos() as u64);

@@ -2,9 +2,14 @@
 //! would, through the mount for all that it knows, under `exec` or with a library
 //! that is preloaded.
 
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use tempfile::TempDir;
 
@@ -13,6 +18,9 @@ use crate::optin;
 
 /// What opens go through; see there.
 const SHIM: &str = include_str!("preload.c");
+
+/// How often to look whether it has ended.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// A program that reads one clip.
 pub(super) struct Child {
@@ -88,6 +96,7 @@ impl Child {
         pattern: Pattern,
         block_size: usize,
         streams: u32,
+        stop: &mut impl FnMut() -> bool,
     ) -> Result<Ran, BenchError> {
         let mut command = Command::new(&self.program);
         match &self.preload {
@@ -112,12 +121,16 @@ impl Child {
             .args(["--pattern", pattern.name()])
             .args(["--block-size", &block_size.to_string()])
             .args(["--streams", &streams.to_string()])
+            .arg("--")
             .arg(&self.clip)
             .stdin(Stdio::null());
-        let output = command.output().map_err(|e| {
+        let output = output_of(&mut command, stop).map_err(|e| {
             let program = self.program.display();
             self.cannot(format!("`{program}`: {e}"))
         })?;
+        let Some(output) = output else {
+            return Err(BenchError::Stopped);
+        };
         let ran = parse(&output).map_err(|why| self.cannot(why))?;
         let acted = match &self.preload {
             Some(preload) if preload.mark().exists() => Ok(()),
@@ -137,6 +150,39 @@ impl Preload {
     fn mark(&self) -> PathBuf {
         self.folder.path().join("mark")
     }
+}
+
+/// Runs a program; `None` when it was stopped, which it is by a signal.
+fn output_of(command: &mut Command, stop: &mut impl FnMut() -> bool) -> io::Result<Option<Output>> {
+    // No pipes, which somebody would have to empty meanwhile.
+    let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    let mut child = command
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?)
+        .spawn()?;
+    let mut stopped = false;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if !stopped && stop() {
+            stopped = true;
+            // exec passes it on.
+            kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM)?;
+        }
+        std::thread::sleep(LOOK);
+    };
+    let read = |file: &mut File| {
+        let mut bytes = Vec::new();
+        file.rewind()?;
+        file.read_to_end(&mut bytes).map(|_| bytes)
+    };
+    let output = Output {
+        status,
+        stdout: read(&mut stdout)?,
+        stderr: read(&mut stderr)?,
+    };
+    Ok((!stopped && !stop()).then_some(output))
 }
 
 /// Compiles the library into a folder of its own.
@@ -168,7 +214,10 @@ fn last_line(text: &[u8]) -> String {
 
 fn parse(output: &Output) -> Result<Ran, String> {
     if !output.status.success() {
-        return Err(last_line(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stderr);
+        // The report of exec comes last.
+        let told = text.lines().rfind(|line| !line.starts_with('{'));
+        return Err(told.map_or_else(|| output.status.to_string(), str::to_owned));
     }
     let report: Report =
         serde_json::from_slice(&output.stdout).map_err(|e| format!("the program's report: {e}"))?;

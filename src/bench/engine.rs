@@ -18,6 +18,9 @@ use crate::aligned::AlignedBuffer;
 use crate::snapshot::{Mapped, SnapshotMode, SnapshotOptions, Snapshots};
 use crate::{BypassFile, BypassOptions};
 
+/// statfs(2)'s type of file systems in memory.
+const TMPFS: i64 = 0x0102_1994;
+
 /// An open clip.
 pub(super) enum Opened {
     Plain(File),
@@ -81,8 +84,16 @@ impl<'a> Ways<'a> {
         if self.cold && !engine.can_be_cold() {
             return Err(self.cannot(engine, "what it reads is in memory, never cold".into()));
         }
+        let cannot = |engine, why: &str| Err(self.cannot(engine, why.into()));
         match engine {
-            Engine::Copy => self.copy = Some(copy_of(self.clip).map_err(|e| self.io(e))?),
+            Engine::Copy => {
+                let copy = copy_of(self.clip).map_err(|e| self.io(e))?;
+                let place = rustix::fs::fstatfs(&copy).map_err(|e| self.io(e.into()))?;
+                if self.cold && place.f_type as i64 == TMPFS {
+                    return cannot(engine, "temporary files are in memory, never cold");
+                }
+                self.copy = Some(copy);
+            }
             Engine::Exec | Engine::Preload => {
                 let child = self.child_for(engine)?;
                 self.children.push((engine, child));
@@ -92,14 +103,16 @@ impl<'a> Ways<'a> {
                 self.remounts
                     .push((engine, Remount::of(self.clip, engine)?));
             }
-            Engine::FuseTuned => drop(self.open_by(engine, 1)?),
+            Engine::FuseTuned => drop(self.open_by(engine, 1, None)?),
             Engine::Handover => {
                 let options = self.options.clone().socket_alone();
                 if let Some(refusal) = self.prove(&options)?.refusal() {
                     return Err(self.cannot(engine, refusal.to_string()));
                 }
             }
-            Engine::Mmap | Engine::Raw | Engine::IoUring => drop(self.open_by(engine, 1)?),
+            Engine::Mmap | Engine::Raw | Engine::IoUring => {
+                drop(self.open_by(engine, 1, self.raw_of(engine)?.as_deref())?);
+            }
             Engine::Fuse | Engine::Bypass | Engine::Bufread => {}
         }
         Ok(())
@@ -156,20 +169,32 @@ impl<'a> Ways<'a> {
         0
     }
 
-    /// A file besides the clip and its cache file whose pages an engine reads.
-    pub(super) fn other_file(&self, engine: Engine) -> Option<PathBuf> {
+    /// Files besides the clip and its cache file whose pages an engine reads.
+    pub(super) fn other_files(&self, engine: Engine) -> Vec<PathBuf> {
         match engine {
-            Engine::Copy => self.copy.as_ref().map(|copy| copy.path().into()),
-            Engine::FuseTuned => self.tuned_clip().ok(),
+            Engine::Copy => self.copy.iter().map(|copy| copy.path().into()).collect(),
+            Engine::FuseTuned => {
+                let clip = self.tuned_clip().ok();
+                let cache = clip.as_ref().and_then(|clip| raw_path_of(clip).ok());
+                clip.into_iter().chain(cache).collect()
+            }
             #[cfg(feature = "mount")]
-            Engine::MountRanges => self.remount(engine).map(|mount| mount.clip().into()),
-            _ => None,
+            Engine::MountRanges => {
+                let mount = self.remount(engine).into_iter();
+                mount.map(|mount| mount.clip().into()).collect()
+            }
+            _ => Vec::new(),
         }
     }
 
     /// Opens the clip as a program would that is to read it this way, in blocks of so
-    /// many bytes.
-    pub(super) fn open_by(&self, engine: Engine, block_size: usize) -> Result<Opened, BenchError> {
+    /// many bytes; `raw`: what [`raw_of`](Self::raw_of) has told.
+    pub(super) fn open_by(
+        &self,
+        engine: Engine,
+        block_size: usize,
+        raw: Option<&Path>,
+    ) -> Result<Opened, BenchError> {
         let clip = self.clip;
         let plain = |path: &Path| File::open(path).map(Opened::Plain).map_err(|e| self.io(e));
         match engine {
@@ -183,11 +208,11 @@ impl<'a> Ways<'a> {
                 used: 0,
             }),
             Engine::Mmap => self.map(),
-            Engine::Raw => plain(&self.raw_path()?),
+            Engine::Raw => plain(raw.unwrap_or(clip)),
             Engine::Copy => plain(self.copy.as_ref().map_or(clip, NamedTempFile::path)),
             Engine::Fuse => plain(clip),
             Engine::FuseTuned => plain(&self.tuned_clip()?),
-            Engine::IoUring => self.ring(block_size),
+            Engine::IoUring => self.ring(raw.unwrap_or(clip), block_size),
             // A program of its own opens it.
             Engine::Exec | Engine::Preload => plain(clip),
             #[cfg(feature = "mount")]
@@ -202,8 +227,8 @@ impl<'a> Ways<'a> {
         file.map(Box::new).map_err(|e| self.io(e))
     }
 
-    fn ring(&self, block_size: usize) -> Result<Opened, BenchError> {
-        let file = File::open(self.raw_path()?).map_err(|e| self.io(e))?;
+    fn ring(&self, raw: &Path, block_size: usize) -> Result<Opened, BenchError> {
+        let file = File::open(raw).map_err(|e| self.io(e))?;
         let ring = Uring::open(file, block_size);
         let ring = ring.map_err(|e| self.cannot(Engine::IoUring, format!("io_uring: {e}")))?;
         Ok(Opened::Uring(Box::new(ring)))
@@ -221,15 +246,13 @@ impl<'a> Ways<'a> {
 
     /// Where the clip's cache file is, if it is proven.
     pub(super) fn raw_path(&self) -> Result<PathBuf, BenchError> {
-        let file = BypassOptions::new().open_to_measure(self.clip);
-        let file = file.map_err(|e| self.io(e))?;
-        if let Some(refusal) = file.refusal() {
-            return Err(BenchError::NotBypassed {
-                path: self.clip.into(),
-                refusal,
-            });
-        }
-        Ok(file.cache_path().unwrap_or_default())
+        raw_path_of(self.clip)
+    }
+
+    /// The same, for engines that read it without a proof: which is not theirs to pay.
+    pub(super) fn raw_of(&self, engine: Engine) -> Result<Option<PathBuf>, BenchError> {
+        let is_raw = matches!(engine, Engine::Raw | Engine::IoUring);
+        is_raw.then(|| self.raw_path()).transpose()
     }
 
     fn io(&self, error: io::Error) -> BenchError {
@@ -238,6 +261,21 @@ impl<'a> Ways<'a> {
             error,
         }
     }
+}
+
+fn raw_path_of(clip: &Path) -> Result<PathBuf, BenchError> {
+    let file = BypassOptions::new().open_to_measure(clip);
+    let file = file.map_err(|error| BenchError::Io {
+        path: clip.into(),
+        error,
+    })?;
+    if let Some(refusal) = file.refusal() {
+        return Err(BenchError::NotBypassed {
+            path: clip.into(),
+            refusal,
+        });
+    }
+    Ok(file.cache_path().unwrap_or_default())
 }
 
 /// Where temporary files are: on a disk, in most cases, as the cache is.

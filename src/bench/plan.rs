@@ -32,8 +32,8 @@ pub enum Engine {
     MountRanges,
     /// read(2) and pread(2) on the cache file, without any proof.
     Raw,
-    /// The same by io_uring, with the file and the buffers registered: up to 8 reads
-    /// at once in order, one at random.
+    /// The same by io_uring, with the file and, as far as memory may be locked, the
+    /// buffers registered: up to 8 reads at once in order, one at random.
     IoUring,
     /// A program that knows of nothing, whose opens of the clip a preloaded library
     /// turns into opens of the cache file, without any proof.
@@ -83,13 +83,14 @@ impl Engine {
         }
     }
 
-    /// Whether what it reads may be not in memory.
+    /// Whether what it reads may be not in memory. A program that is run for it reads
+    /// the clip once before it is measured.
     pub(super) fn can_be_cold(self) -> bool {
         #[cfg(feature = "mount")]
         if self == Self::Mount {
             return false;
         }
-        !matches!(self, Self::Mmap | Self::Exec)
+        !matches!(self, Self::Mmap | Self::Exec | Self::Preload)
     }
 }
 

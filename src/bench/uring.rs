@@ -21,8 +21,10 @@ pub(super) struct Uring {
     _file: File,
     size: u64,
     block_size: usize,
-    /// One after the other; the kernel writes to those of `begun`.
-    buffers: AlignedBuffer,
+    /// The kernel writes to those of `begun`.
+    buffers: Vec<AlignedBuffer>,
+    /// Whether the kernel knows the buffers by their number.
+    registered: bool,
     /// The reads under way or done, in order of their offsets.
     begun: VecDeque<Read>,
     /// Where the next one to be begun starts.
@@ -45,21 +47,29 @@ impl Uring {
     /// switched off (`kernel.io_uring_disabled`) or filtered.
     pub(super) fn open(file: File, block_size: usize) -> io::Result<Self> {
         let depth = (MEMORY / block_size.max(1)).clamp(1, DEPTH);
-        let mut buffers = AlignedBuffer::new(depth * block_size);
-        // Its pages are there when they are read into.
-        buffers.fill(1);
+        let mut buffers: Vec<_> = (0..depth).map(|_| AlignedBuffer::new(block_size)).collect();
+        // Their pages are there when they are read into.
+        for buffer in &mut buffers {
+            buffer.fill(1);
+        }
         let ring = IoUring::new(DEPTH as u32)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let part = |index: usize| nix::libc::iovec {
-            iov_base: buffers[index * block_size..].as_ptr().cast_mut().cast(),
+        let parts = buffers.iter_mut().map(|buffer| nix::libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
             iov_len: block_size,
+        });
+        let parts: Vec<_> = parts.collect();
+        // SAFETY: the buffers are dropped after the ring, have heap memory that no move
+        // of them moves, and are read by us only while the kernel does not write to
+        // them.
+        let registered = match unsafe { ring.submitter().register_buffers(&parts) } {
+            Ok(()) => true,
+            // Beyond RLIMIT_MEMLOCK, 8 MiB by default for all rings of a user.
+            Err(e) if e.raw_os_error() == Some(nix::libc::ENOMEM) => false,
+            Err(e) => return Err(e),
         };
-        let parts: Vec<_> = (0..depth).map(part).collect();
-        // SAFETY: each is a part of `buffers`, which is dropped after the ring, has
-        // heap memory that no move of it moves, and is read by us only while the
-        // kernel does not write to it.
-        unsafe { ring.submitter().register_buffers(&parts)? };
         Ok(Self {
+            registered,
             ring,
             size: file.metadata()?.len(),
             _file: file,
@@ -104,13 +114,17 @@ impl Uring {
     }
 
     fn begin(&mut self, buffer: usize, offset: u64) -> io::Result<()> {
-        let start = buffer * self.block_size;
-        let part = &mut self.buffers[start..start + self.block_size];
-        let length = part.len() as u32;
-        let read =
-            opcode::ReadFixed::new(types::Fixed(0), part.as_mut_ptr(), length, buffer as u16);
-        let read = read.offset(offset).build().user_data(offset);
-        // SAFETY: the buffer is registered, free, and neither lent nor used for
+        let part = self.buffers[buffer].as_mut_ptr();
+        let length = self.block_size as u32;
+        let file = types::Fixed(0);
+        let read = if self.registered {
+            let read = opcode::ReadFixed::new(file, part, length, buffer as u16);
+            read.offset(offset).build()
+        } else {
+            opcode::Read::new(file, part, length).offset(offset).build()
+        };
+        let read = read.user_data(offset);
+        // SAFETY: the buffer is ours, free, and neither lent nor used for
         // another read until this one has ended, which `drop` waits for, too.
         let pushed = unsafe { self.ring.submission().push(&read) };
         pushed.map_err(io::Error::other)?;
@@ -133,13 +147,16 @@ impl Uring {
         self.lent = Some(read.buffer);
         let result = read.result.unwrap_or_default();
         let n = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))?;
-        let start = read.buffer * self.block_size;
-        Ok(&self.buffers[start..start + n])
+        Ok(&self.buffers[read.buffer][..n])
     }
 
     /// Begins what was pushed, and waits for at least one read.
     fn wait(&mut self) -> io::Result<()> {
-        self.ring.submit_and_wait(1)?;
+        while let Err(e) = self.ring.submit_and_wait(1) {
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(e);
+            }
+        }
         for done in self.ring.completion() {
             let mut reads = self.begun.iter_mut();
             let read = reads.find(|read| read.offset == done.user_data() && read.result.is_none());

@@ -47,8 +47,12 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
             "generating, serving, mounting and caching a clip of {}",
             human_bytes(size.0)
         ));
-        let tuned = plan.engines.contains(&Engine::FuseTuned);
-        let Some(made) = generate::rigs(&args.rclone, size.0, tuned, &interrupted)? else {
+        let tuned = plan
+            .engines
+            .contains(&Engine::FuseTuned)
+            .then_some(plan.leave_out);
+        let made = generate::rigs(&args.rclone, size.0, tuned, notes, &interrupted)?;
+        let Some(made) = made else {
             return Ok(stopped(&interrupted));
         };
         plan.clips = vec![made.clip()];
@@ -139,6 +143,8 @@ fn measure(
     match measure() {
         Ok(results) => Ok(Some(results)),
         Err(BenchError::Stopped) => Ok(None),
+        // The terminal's ^C comes to the programs that it runs, too.
+        Err(_) if stop() => Ok(None),
         Err(error @ BenchError::Mismatch { .. }) => {
             Err(Coded::error(Exit::Mismatch, error.to_string()))
         }

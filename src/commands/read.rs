@@ -167,6 +167,10 @@ fn map(path: &Path) -> Result<Result<Mapped, Refusal>> {
         // What memory there is limits it.
         copy_budget: u64::MAX,
     });
+    let found = std::fs::metadata(path).with_context(|| format!("`{}`", path.display()))?;
+    if !found.is_file() {
+        return Ok(Err(Refusal::new(Reason::Unsupported, "it is no file")));
+    }
     // Who may not read it fails here.
     let clip = File::open(path).with_context(|| format!("`{}`", path.display()))?;
     let whole = snapshots.open(clip.as_fd());
@@ -223,6 +227,7 @@ fn copy(
     sink: &mut Sink,
     interrupted: &Interrupted,
 ) -> Result<bool> {
+    file.advise_in_order();
     let mut buffer = AlignedBuffer::new(args.block_size.0 as usize);
     let mut offset = args.offset.0;
     let mut left = args.length.map_or(u64::MAX, |length| length.0);

@@ -68,7 +68,9 @@ impl Sink {
     /// default, 100 MiB take 250 ms, through one of 1 MiB 54.
     fn stream(file: File, name: String) -> Self {
         // Refused of other files, and where the user has too many large ones.
-        let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(PIPE));
+        if fcntl(&file, FcntlArg::F_GETPIPE_SZ).is_ok_and(|size| size < PIPE) {
+            let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(PIPE));
+        }
         Self::Stream { file, name }
     }
 

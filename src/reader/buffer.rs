@@ -59,7 +59,7 @@ impl ReadAhead {
         if n > 0 {
             file.counters.add_cache(n);
         } else {
-            if position == self.next {
+            if position == self.next && position > 0 {
                 file.advise_in_order();
             }
             if out.len() < SMALL
@@ -90,6 +90,9 @@ impl ReadAhead {
             return Ok(());
         }
         let goes_on = position == self.next;
+        if goes_on && position > 0 {
+            file.advise_in_order();
+        }
         let wanted = if goes_on { CAPACITY } else { UNASKED };
         if file.may_read_ahead() && self.fill(file, position, wanted) {
             return Ok(());

@@ -102,7 +102,7 @@ impl Epoch {
     /// 100 MiB come in 66 ms from the disk instead of 73. To ask for parts of it
     /// beforehand (POSIX_FADV_WILLNEED) takes twice as long.
     pub(super) fn advise_in_order(&self) {
-        if !self.advised.swap(true, Ordering::Relaxed) {
+        if !self.advised.load(Ordering::Relaxed) && !self.advised.swap(true, Ordering::Relaxed) {
             // Advice.
             let _ = fadvise(&self.data, 0, None, Advice::Sequential);
         }

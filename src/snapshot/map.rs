@@ -11,8 +11,8 @@ use crate::reason::{Reason, Refusal};
 /// A whole clip's bytes, without a copy and without a call for each read; they
 /// never change, and outlive whatever becomes of clip, cache and daemon.
 ///
-/// Truncation, of which a mapping's reader dies by SIGBUS, is excluded: a sealed
-/// copy cannot be cut, and a reflink has no name and is open for writing nowhere.
+/// Truncation, of which a mapping's reader dies by SIGBUS, is excluded: a copy cannot
+/// be cut, and a reflink has no name and is open for writing nowhere.
 /// A reflink's pages come from the disk, whose error would be a SIGBUS; where that
 /// matters, [`SnapshotMode::Auto`](super::SnapshotMode::Auto) on a file system
 /// without reflinks, or reading, is the better choice.
@@ -30,9 +30,9 @@ impl Whole {
             return Err(Refusal::new(Reason::Live, detail));
         }
         // SAFETY: no process can write to the file or cut it: it is a sealed memfd, or
-        // an immutable copy, or a reflink; the latter two have no name, were opened
-        // for writing by nobody else, are not any more by us, and are immutable, the
-        // reflink where its file system knows that.
+        // on a read-only mount of its own, or a reflink without a name that was opened
+        // for writing by nobody else, is not any more by us, and is immutable where its
+        // file system knows that.
         let map = unsafe { Mmap::map(&self.fd) };
         let map = map.map_err(|e| Refusal::from_io("mmap of a snapshot", &e, Reason::IoError))?;
         Ok(Mapped(map))

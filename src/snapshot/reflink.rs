@@ -7,9 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::unistd::{Whence, lseek};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{IFlags, Mode, OFlags};
 
-use super::{dress, make_immutable, reopen};
+use super::{dress, reopen};
 use crate::reader::WholeClip;
 use crate::reason::{Reason, Refusal};
 
@@ -36,7 +36,9 @@ pub(super) fn of(clip: &WholeClip) -> Result<Option<OwnedFd>, Refusal> {
     let snapshot = reopen(&file).map_err(failed)?;
     // Against root, too, who could open it for writing by /proc. Others than
     // root may not set it, and its owner could, if it wanted to, write anyway.
-    let _ = make_immutable(&file);
+    if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {
+        let _ = rustix::fs::ioctl_setflags(&file, flags | IFlags::IMMUTABLE);
+    }
     Ok(Some(snapshot))
 }
 

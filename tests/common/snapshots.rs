@@ -28,7 +28,7 @@ pub fn snapshots(mode: SnapshotMode, copy_budget: usize) -> Snapshots {
     })
 }
 
-/// With sealed copies, and with those of huge pages where there can be any.
+/// With sealed copies, and with those of huge pages.
 pub fn of_both(copy_budget: usize) -> [Snapshots; 2] {
     let options = SnapshotOptions {
         mode: SnapshotMode::Auto,

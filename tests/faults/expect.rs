@@ -148,6 +148,8 @@ const FITTING: &[(&str, &str, &str, &str)] = &[
         "io_error",
         "io_error",
     ),
+    // Advice.
+    ("fadvise of DATA", "", "", ""),
     // The kernel then reads ahead, and what it has is read from there.
     ("fadvise of CLIP", "page_cache", "page_cache", "page_cache"),
     (

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -38,11 +39,16 @@ pub struct Browser {
     /// The pid namespace that all its processes are in.
     namespace: Option<PathBuf>,
     profile: tempfile::TempDir,
+    /// Each of them wants more than one processor.
+    _alone: MutexGuard<'static, ()>,
 }
+
+static ALONE: Mutex<()> = Mutex::new(());
 
 impl Browser {
     pub fn start(limit: Duration) -> Self {
         need_root();
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let profile = tempfile::tempdir().unwrap();
         let log = fs::File::create(profile.path().join("log")).unwrap();
         // In a pid namespace, since all in it end with its first process; and without a
@@ -88,6 +94,7 @@ impl Browser {
             session: None,
             limit: LIMIT,
             profile,
+            _alone: alone,
         };
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"}));
         let target = target.unwrap()["targetId"].clone();

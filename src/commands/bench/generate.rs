@@ -1,7 +1,8 @@
 //! Clips that are made for the purpose.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -9,6 +10,7 @@ use vmafx_bypass::bench::Tuned;
 use vmafx_bypass::rig::{Rig, RigOptions};
 
 use crate::exit::{Coded, Exit};
+use crate::output::Notes;
 use crate::signals::Interrupted;
 
 /// The generated clip's name.
@@ -43,11 +45,13 @@ impl Rigs {
     }
 }
 
-/// Serves, mounts and caches a clip of random bytes; `None` when interrupted.
+/// Serves, mounts and caches a clip of random bytes; `None` when interrupted. `tuned`:
+/// on a tuned mount, too, and whether it may be left out where that fails.
 pub fn rigs(
     rclone: &Path,
     size: u64,
-    tuned: bool,
+    tuned: Option<bool>,
+    notes: &Notes,
     interrupted: &Interrupted,
 ) -> Result<Option<Rigs>> {
     let stop = || interrupted.exit().is_some();
@@ -75,12 +79,41 @@ pub fn rigs(
                     .map_err(environment)
                     .and_then(cached)
             };
-            let tuned = tuned.then(start).transpose()?;
+            let tuned = match (tuned, tuned.map(|_| start())) {
+                (_, None) => None,
+                (_, Some(Ok(tuned))) => Some(tuned),
+                (Some(true), Some(Err(error))) if !stop() => {
+                    notes.note(format_args!("note: no tuned mount: {error:#}"));
+                    None
+                }
+                (_, Some(Err(error))) => return Err(error),
+            };
+            if let Some(tuned) = &tuned {
+                read_ahead(&tuned.mountpoint(), notes);
+            }
             Ok(Rigs { tuned, rig })
         });
     match made {
         Err(_) if stop() => Ok(None),
         made => made.map(Some),
+    }
+}
+
+/// rclone's `--max-read-ahead` only limits what the kernel would read ahead, 128 KiB
+/// by default, which is raised here.
+fn read_ahead(mountpoint: &Path, notes: &Notes) {
+    let set = || {
+        let dev = fs::metadata(mountpoint)?.dev();
+        let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+        fs::write(
+            format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
+            "1024",
+        )
+    };
+    if let Err(error) = set() {
+        notes.note(format_args!(
+            "note: the tuned mount reads ahead no further than others: {error}"
+        ));
     }
 }
 

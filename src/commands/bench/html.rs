@@ -76,6 +76,10 @@ pub fn page(report: &Report<'_>) -> Result<String> {
             section(&mut out, pattern, &rows);
         }
     }
+    for left in report.left_out {
+        let why = escaped(&left.why);
+        let _ = write!(out, "<p>Not here: {}: {why}.</p>", left.engine.name());
+    }
     let json = report.json()?;
     // No string of it can end the element.
     let json = json.trim_end().replace('<', "\\u003c");
@@ -306,8 +310,6 @@ fn table(out: &mut String, rows: &[&Measurement]) {
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum;
-
     use super::*;
 
     #[test]
@@ -317,9 +319,8 @@ mod tests {
 
     #[test]
     fn each_engine_has_a_colour_in_light_and_in_dark() {
-        for engine in crate::cli::Engine::value_variants() {
-            let value = engine.to_possible_value().unwrap();
-            let rule = format!(".{} {{ --engine: #", value.get_name());
+        for engine in Engine::ALL {
+            let rule = format!(".{} {{ --engine: #", engine.name());
             assert_eq!(STYLE.matches(&rule).count(), 2, "{rule}");
         }
     }
