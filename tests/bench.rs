@@ -30,6 +30,8 @@ fn all_engines_agree_and_are_compared() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["schema"], 1);
     assert_eq!(report["environment"]["page_cache"], "warm");
+    let rclone = report["environment"]["rclone"].as_str().unwrap();
+    assert!(rclone.starts_with("rclone v"), "{rclone}");
     assert_eq!(report["environment"]["clips"][0]["size"], 4 << 20);
     assert_eq!(report["environment"]["clips"][0]["read_only"], true);
     let results = report["results"].as_array().unwrap();

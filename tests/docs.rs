@@ -8,6 +8,7 @@ use vmafx_bypass::bench::Engine;
 use vmafx_bypass::cache::trail::Gate;
 
 const REFERENCE: &str = include_str!("../docs/REFERENCE.md");
+const TROUBLESHOOTING: &str = include_str!("../docs/TROUBLESHOOTING.md");
 const SEMANTICS: &str = include_str!("../docs/SEMANTICS.md");
 const TESTS: &str = concat!(
     include_str!("reader.rs"),
@@ -70,6 +71,115 @@ fn every_way_that_is_compared_is_documented() {
     // A build without some of them documents them, too.
     let missing: Vec<_> = engines.difference(&documented).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// The rows below a heading whose first cell is a name in back-ticks, as cells.
+fn rows_of(text: &'static str, heading: &str) -> Vec<Vec<&'static str>> {
+    let start = text.find(&format!("\n## {heading}\n")).unwrap() + 1;
+    let section = text[start..].split("\n## ").next().unwrap();
+    let rows = section.lines().filter(|line| line.starts_with("| `"));
+    let cells = |row: &'static str| {
+        let row = row.strip_prefix("| ").unwrap();
+        row.strip_suffix(" |").unwrap().split(" | ").collect()
+    };
+    rows.map(cells).collect()
+}
+
+#[test]
+fn every_reason_has_a_symptom_a_cause_and_a_remedy() {
+    let rows = rows_of(TROUBLESHOOTING, "Reasons");
+    let names: Vec<_> = rows.iter().map(|row| row[0].trim_matches('`')).collect();
+    // In the code's order, each once, and no others.
+    let reasons: Vec<_> = Reason::ALL.iter().map(|r| r.name()).collect();
+    assert_eq!(names, reasons);
+    for row in &rows {
+        assert_eq!(row.len(), 4, "{row:?}");
+        assert!(row.iter().all(|cell| !cell.trim().is_empty()), "{row:?}");
+    }
+}
+
+#[cfg(feature = "ebpf")]
+#[test]
+fn every_loss_has_a_remedy() {
+    use vmafx_bypass::tracker::Loss;
+    let losses: BTreeSet<_> = Loss::ALL.iter().map(|l| l.name()).collect();
+    assert_eq!(table_of(TROUBLESHOOTING, "Losses"), losses);
+}
+
+#[test]
+fn links_of_the_troubleshooting_page_lead_somewhere() {
+    // As they are made of headings where repositories are shown.
+    let anchor = |heading: &str| -> String {
+        let kept = heading.to_lowercase().replace(' ', "-");
+        kept.chars()
+            .filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_'))
+            .collect()
+    };
+    let pages = [
+        ("", TROUBLESHOOTING),
+        ("REFERENCE.md", REFERENCE),
+        ("HANDOVER.md", include_str!("../docs/HANDOVER.md")),
+        ("BENCHMARKING.md", include_str!("../docs/BENCHMARKING.md")),
+    ];
+    let mut links = 0;
+    for link in TROUBLESHOOTING.split("](").skip(1) {
+        let link = link.split(')').next().unwrap();
+        let (page, place) = link.split_once('#').unwrap_or((link, ""));
+        let (_, text) = pages.iter().find(|(name, _)| *name == page).unwrap();
+        let headings = text.lines().filter(|line| line.starts_with('#'));
+        let mut anchors = headings.map(|line| anchor(line.trim_start_matches('#').trim()));
+        assert!(
+            place.is_empty() || anchors.any(|found| found == place),
+            "{link}"
+        );
+        links += 1;
+    }
+    assert!(links >= 10);
+}
+
+#[test]
+fn every_test_that_is_named_exists() {
+    let sources = [
+        TESTS,
+        include_str!("cli.rs"),
+        include_str!("tracker_errors.rs"),
+        include_str!("tracker_limits.rs"),
+    ];
+    // Of the library's own tests, by their modules' files.
+    let mut all = sources.concat();
+    let mut folders = vec![
+        std::path::PathBuf::from("src"),
+        "tests".into(),
+        "capi".into(),
+    ];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                all += &std::fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    for text in [
+        include_str!("../SECURITY.md"),
+        include_str!("../docs/ARCHITECTURE.md"),
+    ] {
+        let names = text.split('`').skip(1).step_by(2);
+        let mut tests = 0;
+        // Names of tests are sentences.
+        for name in names.filter(|name| name.matches('_').count() >= 3) {
+            if name
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+            {
+                assert!(all.contains(&format!("fn {name}(")), "{name}");
+                tests += 1;
+            }
+        }
+        assert!(tests >= 5);
+    }
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub fn run(args: &BenchArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
     let results = results.measurements;
     let judged = !gates.is_empty() || baseline.is_some();
     let verdict = judged.then(|| judge(&results));
-    let environment = environment::Environment::read(&plan, args.generate.is_some());
+    let environment = environment::Environment::read(&plan, args.generate.map(|_| &*args.rclone));
     drop(rigs);
 
     let report = report::Report {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use serde::Serialize;
 use vmafx_bypass::bench::Plan;
@@ -18,6 +19,8 @@ pub struct Environment {
     /// and its pages dropped before each run.
     pub page_cache: &'static str,
     generated: bool,
+    /// The first line of `rclone version`, where it was started for the purpose.
+    pub rclone: Option<String>,
     pub clips: Vec<Clip>,
 }
 
@@ -33,7 +36,14 @@ pub struct Clip {
 }
 
 impl Environment {
-    pub fn read(plan: &Plan, generated: bool) -> Self {
+    /// `, rclone v1.60.1`, if it is known.
+    pub fn with_rclone(&self) -> String {
+        let version = self.rclone.as_deref();
+        version.map_or_else(String::new, |version| format!(", {version}"))
+    }
+
+    /// `rclone`: the program that was started for the purpose.
+    pub fn read(plan: &Plan, rclone: Option<&Path>) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu = cpuinfo
             .lines()
@@ -51,10 +61,17 @@ impl Environment {
             cpu,
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             page_cache: if plan.cold { "cold" } else { "warm" },
-            generated,
+            generated: rclone.is_some(),
+            rclone: rclone.and_then(version),
             clips: plan.clips.iter().map(|clip| Clip::read(clip)).collect(),
         }
     }
+}
+
+fn version(rclone: &Path) -> Option<String> {
+    let output = Command::new(rclone).arg("version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(str::to_owned)
 }
 
 impl Clip {

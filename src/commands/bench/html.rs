@@ -49,10 +49,11 @@ pub fn page(report: &Report<'_>) -> Result<String> {
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <meta name=\"color-scheme\" content=\"light dark\">\
          <title>vmafx-bypass bench</title><style>{STYLE}</style></head><body><main>\
-         <h1>vmafx-bypass bench</h1><p>linux {}, {} x {}; page cache {}, {} runs, interleaved.</p>",
+         <h1>vmafx-bypass bench</h1><p>linux {}, {} x {}{}; page cache {}, {} runs, interleaved.</p>",
         escaped(&environment.kernel),
         environment.cpus,
         escaped(&environment.cpu),
+        escaped(&environment.with_rclone()),
         environment.page_cache,
         report.runs
     );

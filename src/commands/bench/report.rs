@@ -53,10 +53,11 @@ impl Report<'_> {
         let environment = self.environment;
         writeln!(
             out,
-            "linux {}, {} x {}; page cache {}, {} runs, interleaved",
+            "linux {}, {} x {}{}; page cache {}, {} runs, interleaved",
             environment.kernel,
             environment.cpus,
             environment.cpu,
+            environment.with_rclone(),
             environment.page_cache,
             self.runs
         )?;
