@@ -68,6 +68,23 @@ fn a_cache_file_of_another_user_than_the_mounts_is_refused() {
         assert_eq!(file.stats().cache_bytes, 0);
         std::os::unix::fs::chown(&cached, Some(NOBODY), None).unwrap();
         assert_eq!(BypassFile::open(Path::new(&clip)).unwrap().refusal(), None);
+        // Nor is what another's file says believed, or told.
+        let metadata = cached.to_str().unwrap().replace("/vfs/", "/vfsMeta/");
+        std::os::unix::fs::chown(&metadata, Some(0), None).unwrap();
+        let refusal = BypassFile::open(&clip).unwrap().refusal().unwrap();
+        assert_eq!(refusal.reason, Reason::Unsupported, "{refusal}");
+        assert!(
+            refusal.detail.contains("the metadata is uid 0's"),
+            "{refusal}"
+        );
+        std::os::unix::fs::chown(&metadata, Some(NOBODY), None).unwrap();
+        let aside = format!("{metadata}.aside");
+        fs::rename(&metadata, &aside).unwrap();
+        std::os::unix::fs::symlink(&aside, &metadata).unwrap();
+        let refusal = BypassFile::open(&clip).unwrap().refusal().unwrap();
+        assert_eq!(refusal.reason, Reason::IoError, "{refusal}");
+        fs::rename(&aside, &metadata).unwrap();
+        assert_eq!(BypassFile::open(&clip).unwrap().refusal(), None);
         drop((first, file));
         run("umount shared/mount");
         daemon.wait().unwrap();

@@ -287,6 +287,22 @@ fn pins_belong_on_a_bpf_file_system() {
 }
 
 #[test]
+fn a_folder_of_another_user_holds_no_pins() {
+    let rig = clip_rig();
+    let folder = PinDir::new("strangers");
+    std::fs::create_dir(&folder.0).unwrap();
+    let tried = |told: &str| {
+        assert_fails(&try_run(&rig.mountpoint(), &folder.0, &[]), 1, told);
+    };
+    std::os::unix::fs::chown(&folder.0, Some(65534), None).unwrap();
+    tried("belongs to uid 65534: choose another --pin-dir");
+    std::os::unix::fs::chown(&folder.0, Some(0), None).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(&folder.0, mode).unwrap();
+    tried("others may write to it: chmod 700");
+}
+
+#[test]
 fn a_second_run_on_the_same_pins_names_the_first() {
     let rig = clip_rig();
     let tracking = Tracking::start(&rig.mountpoint(), &[]);

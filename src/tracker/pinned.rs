@@ -52,6 +52,18 @@ impl Pins {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
             made.map_err(|e| failed(&dir, e))?;
             let folder = File::open(&dir).map_err(|e| failed(&dir, e))?;
+            let found = folder.metadata().map_err(|e| failed(&dir, e))?;
+            // Who could remove our pins, or put others in their place.
+            let (owner, own) = (found.uid(), rustix::process::geteuid().as_raw());
+            if owner != own && owner != 0 {
+                let why = format_args!("belongs to uid {owner}: choose another --pin-dir");
+                return Err(failed(&dir, why));
+            }
+            // With the sticky bit, as a BPF file system's own folder, they could not.
+            if found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0 {
+                let why = "others may write to it: chmod 700, or choose another --pin-dir";
+                return Err(failed(&dir, why));
+            }
             let flock = Flock::lock(folder, FlockArg::LockExclusiveNonblock);
             let lock = flock.map_err(|(_, errno)| match read_meta(&dir) {
                 Ok(meta) => TrackerError::InUse {

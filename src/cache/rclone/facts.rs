@@ -61,6 +61,7 @@ fn advisory(clip: &Clip<'_>, trail: &mut Trail) -> Result<Ranges, Refusal> {
     let path = clip.located.folders.metadata_path(clip.inside);
     let ranges = match read_metadata(&path) {
         Ok(file) => {
+            check_owner(clip.located, "metadata", file.owner)?;
             let metadata = metadata::parse(&file.bytes)?;
             if metadata.dirty {
                 // Each open of such a clip puts its upload off.
@@ -191,7 +192,10 @@ impl View {
         trail.failure(Gate::Identity, listed)?;
         let path = clip.located.folders.data_path(clip.inside);
         let opened = open_data(clip.located, clip.inside).and_then(|(data, held)| {
-            check_owner(clip.located, &data)?;
+            let found = data.metadata();
+            let found = found
+                .map_err(|e| Refusal::from_io("fstat of the cache file", &e, Reason::IoError))?;
+            check_owner(clip.located, "cache file", found.uid())?;
             Ok((data, held))
         });
         let (data, held) = trail.step(Gate::DataFile, opened, |(_, held)| {
@@ -209,8 +213,10 @@ impl View {
         // The metadata after the data: one written for a file that did not exist
         // yet would otherwise vouch for the empty file that came after it.
         let metadata_path = clip.located.folders.metadata_path(clip.inside);
-        let metadata = read_metadata(&metadata_path)
-            .and_then(|file| metadata::parse(&file.bytes).map(|parsed| (file, parsed)));
+        let metadata = read_metadata(&metadata_path).and_then(|file| {
+            check_owner(clip.located, "metadata", file.owner)?;
+            metadata::parse(&file.bytes).map(|parsed| (file, parsed))
+        });
         let (metadata, parsed) = trail.step(Gate::Metadata, metadata, |(file, _)| {
             let path = metadata_path.display();
             format!("`{path}`, {} bytes, twice the same", file.bytes.len())
@@ -304,19 +310,16 @@ fn open_data(located: &Located, inside: &Path) -> Result<(File, bool), Refusal> 
     }
 }
 
-/// Refuses a cache file that its rclone's user may not be able to read. He can
-/// have his rclone hold whatever there is (O_PATH), by any path (mount namespaces),
-/// and we may be root, and hand it over to him.
-fn check_owner(located: &Located, data: &File) -> Result<(), Refusal> {
-    let owner = data
-        .metadata()
-        .map_err(|e| Refusal::from_io("fstat of the cache file", &e, Reason::IoError))?
-        .uid();
+/// Refuses a file that its rclone's user may not be able to read. He can have his
+/// rclone hold whatever there is (O_PATH), by any path (mount namespaces), and put
+/// symlinks on the way to the metadata; and we may be root, and hand over to him, or
+/// tell him, what we find.
+fn check_owner(located: &Located, what: &str, owner: u32) -> Result<(), Refusal> {
     match located.user {
         Some(user) if user == 0 || user == owner => Ok(()),
         user => {
             let user = user.map_or("unknown".into(), |user| user.to_string());
-            let detail = format!("the cache file is uid {owner}'s, the mount that of uid {user}");
+            let detail = format!("the {what} is uid {owner}'s, the mount that of uid {user}");
             Err(Refusal::new(Reason::Unsupported, detail))
         }
     }

@@ -153,6 +153,8 @@ pub(crate) struct MetadataFile {
     file: File,
     /// The file's whole content.
     pub(crate) bytes: Vec<u8>,
+    /// Whose it is.
+    pub(crate) owner: u32,
     stamp: Stamp,
     /// Written so shortly before it was read that a further write might leave
     /// the same stamp.
@@ -289,12 +291,13 @@ enum Attempt {
 fn read_once(path: &Path) -> io::Result<Attempt> {
     // The clock first: time that passes while reading must not hide a race.
     let now = now_ns();
-    // Who put a FIFO there is not waited for.
+    // Who put a FIFO there is not waited for, and a symlink is nobody's metadata.
     let file = fs::OpenOptions::new()
         .read(true)
-        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_NOFOLLOW).bits())
         .open(path)?;
-    let before = Stamp::from(&file.metadata()?);
+    let found = file.metadata()?;
+    let (owner, before) = (found.uid(), Stamp::from(&found));
     if before.size > MAX_BYTES {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -324,6 +327,7 @@ fn read_once(path: &Path) -> io::Result<Attempt> {
         path: path.to_path_buf(),
         file,
         bytes: first,
+        owner,
         racy: is_racy(before.modified_ns(), now),
         stamp: before,
     })))
