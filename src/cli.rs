@@ -53,7 +53,7 @@ pub enum Command {
     /// Run a program that nobody will change, past FUSE.
     ///
     /// What it opens for reading on rclone mounts, and is whole in the cache, it
-    /// gets as a snapshot: a reflink or a sealed copy. All else goes on as
+    /// gets as a snapshot: a reflink or a copy in memory. All else goes on as
     /// without exec.
     Exec(ExecArgs),
     /// Show an rclone mount again, read-only, past FUSE where it is cached: for

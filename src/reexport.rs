@@ -206,7 +206,8 @@ impl Mounted {
             }
             refusal = Some(found);
         }
-        kernel::set_read_ahead(dev, READ_AHEAD_KIB);
+        // Where we may not set it, it stays.
+        let _ = crate::sys::set_read_ahead(dev, READ_AHEAD_KIB);
         Ok(Self {
             session,
             shared,

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +18,8 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::cache::rclone::{Locator, estimate};
-use crate::mounts::MountTable;
+use crate::mounts::{Dev, MountTable};
+use crate::sys;
 
 /// How long rclone may take to start or to stop.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -131,6 +133,16 @@ impl Rig {
     /// The pid of `rclone mount`, while it is started.
     pub fn daemon(&self) -> Option<u32> {
         self.mount.as_ref().map(Child::id)
+    }
+
+    /// How much the kernel reads ahead on the mount, KiB: rclone's `--max-read-ahead`
+    /// only limits it.
+    ///
+    /// # Errors
+    /// Unless we are root.
+    pub fn set_read_ahead(&self, kib: u32) -> io::Result<()> {
+        let dev = fs::metadata(self.mountpoint())?.dev();
+        sys::set_read_ahead(Dev::from_st_dev(dev), kib)
     }
 
     /// What is mounted, as rclone's arguments name it.

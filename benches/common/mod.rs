@@ -1,13 +1,18 @@
 //! What several benchmarks need.
 
+/// The next state of a generator of numbers, of which the high bits are random.
+pub fn next(state: u64) -> u64 {
+    state
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1)
+}
+
 /// Bytes that do not repeat.
 pub fn noise(size: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut bytes = Vec::with_capacity(size);
     while bytes.len() < size {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = next(state);
         bytes.extend_from_slice(&(state >> 16).to_le_bytes());
     }
     bytes

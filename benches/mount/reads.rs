@@ -9,6 +9,7 @@ use std::time::Instant;
 use rustix::fs::{Advice, fadvise};
 use vmafx_bypass::AlignedBuffer;
 
+use crate::common::next;
 use crate::{Bench, CLIP, Outcome, SMALL, Way, quantile, ratio};
 
 /// Reads at random in a sample.
@@ -105,9 +106,7 @@ fn at_random(path: &Path, block: usize) -> Outcome<f64> {
     let mut state = 7_u64;
     let start = Instant::now();
     for _ in 0..READS {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = next(state);
         file.read_exact_at(&mut buffer, (state >> 20) % blocks * block as u64)?;
     }
     Ok(start.elapsed().as_nanos() as f64)

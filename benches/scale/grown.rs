@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmafx_bypass::rig::Rig;
 use vmafx_bypass::{AlignedBuffer, BypassFile};
 
-use crate::common::{quantile, ratio};
+use crate::common::{next, quantile, ratio};
 use crate::{Args, Outcome, options, rig_with, rounds, shown};
 
 /// Reads at random in a sample.
@@ -22,9 +22,7 @@ fn at_random(clip: &BypassFile, blocks: &[u64]) -> io::Result<f64> {
     let mut state = 7_u64;
     let start = Instant::now();
     for _ in 0..READS {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = next(state);
         let offset = blocks[(state >> 20) as usize % blocks.len()];
         if clip.read_at(&mut buffer, offset)? != BLOCK {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -39,6 +37,16 @@ fn assert_cached(clip: &BypassFile) -> Outcome<()> {
         0 => Ok(()),
         bytes => Err(format!("{bytes} bytes came through FUSE: {:?}", clip.refusal()).into()),
     }
+}
+
+/// Nanoseconds of an open and one read.
+fn open_and_read(path: &Path) -> Outcome<f64> {
+    let start = Instant::now();
+    let clip = BypassFile::open(path)?;
+    clip.read_at(&mut [0; BLOCK], BLOCK as u64)?;
+    let took = start.elapsed().as_nanos() as f64;
+    assert_cached(&clip)?;
+    Ok(took)
 }
 
 /// Sparse clips of which the first and the last MiB are cached.
@@ -67,13 +75,7 @@ pub fn sizes(args: &Args) -> Outcome<()> {
             .collect()
     };
     let open = rounds(args, sizes.len(), |index| {
-        let path = rig.mountpoint().join(name(sizes[index]));
-        let start = Instant::now();
-        let clip = BypassFile::open(path)?;
-        clip.read_at(&mut [0; BLOCK], BLOCK as u64)?;
-        let took = start.elapsed().as_nanos() as f64;
-        assert_cached(&clip)?;
-        Ok(took)
+        open_and_read(&rig.mountpoint().join(name(sizes[index])))
     })?;
     let read = rounds(args, sizes.len(), |index| {
         let clip = BypassFile::open(rig.mountpoint().join(name(sizes[index])))?;
@@ -137,13 +139,7 @@ pub fn ranges(args: &Args) -> Outcome<()> {
         Ok(start.elapsed().as_nanos() as f64)
     })?;
     let open = rounds(args, counts.len(), |index| {
-        let path = rig.mountpoint().join(name(counts[index]));
-        let start = Instant::now();
-        let clip = BypassFile::open(path)?;
-        clip.read_at(&mut [0; BLOCK], BLOCK as u64)?;
-        let took = start.elapsed().as_nanos() as f64;
-        assert_cached(&clip)?;
-        Ok(took)
+        open_and_read(&rig.mountpoint().join(name(counts[index])))
     })?;
     let read = rounds(args, counts.len(), |index| {
         let clip = BypassFile::open(rig.mountpoint().join(name(counts[index])))?;

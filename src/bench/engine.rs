@@ -84,13 +84,13 @@ impl<'a> Ways<'a> {
         if self.cold && !engine.can_be_cold() {
             return Err(self.cannot(engine, "what it reads is in memory, never cold".into()));
         }
-        let cannot = |engine, why: &str| Err(self.cannot(engine, why.into()));
         match engine {
             Engine::Copy => {
                 let copy = copy_of(self.clip).map_err(|e| self.io(e))?;
                 let place = rustix::fs::fstatfs(&copy).map_err(|e| self.io(e.into()))?;
                 if self.cold && place.f_type as i64 == TMPFS {
-                    return cannot(engine, "temporary files are in memory, never cold");
+                    let why = "temporary files are in memory, never cold";
+                    return Err(self.cannot(engine, why.into()));
                 }
                 self.copy = Some(copy);
             }
@@ -103,14 +103,13 @@ impl<'a> Ways<'a> {
                 self.remounts
                     .push((engine, Remount::of(self.clip, engine)?));
             }
-            Engine::FuseTuned => drop(self.open_by(engine, 1, None)?),
             Engine::Handover => {
                 let options = self.options.clone().socket_alone();
                 if let Some(refusal) = self.prove(&options)?.refusal() {
                     return Err(self.cannot(engine, refusal.to_string()));
                 }
             }
-            Engine::Mmap | Engine::Raw | Engine::IoUring => {
+            Engine::FuseTuned | Engine::Mmap | Engine::Raw | Engine::IoUring => {
                 drop(self.open_by(engine, 1, self.raw_of(engine)?.as_deref())?);
             }
             Engine::Fuse | Engine::Bypass | Engine::Bufread => {}

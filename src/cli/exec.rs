@@ -22,7 +22,7 @@ pub struct ExecArgs {
     /// How clips are handed over.
     #[arg(long, value_enum, default_value_t = Snapshot::Auto)]
     pub snapshot: Snapshot,
-    /// Memory for sealed copies, at most.
+    /// Memory for copies, at most.
     #[arg(long, default_value = "4GiB", value_name = "SIZE")]
     pub copy_budget: Size,
     /// Where the cache may not be opened, ask the server of `run --socket` at
@@ -51,7 +51,7 @@ pub struct ExecArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Snapshot {
-    /// As a reflink where the cache's file system can, else as a sealed copy,
+    /// As a reflink where the cache's file system can, else as a copy in memory,
     /// else through FUSE.
     Auto,
     /// The same; without assistance the command does not run.

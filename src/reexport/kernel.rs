@@ -297,18 +297,6 @@ fn unmount_at(point: &Path, lazily: bool) -> io::Result<()> {
     }
 }
 
-/// How much the kernel reads ahead, KiB: as much as it asks for at once. The
-/// default, 128, costs a fast reader half of its speed. Where we may not set it,
-/// it stays.
-pub(super) fn set_read_ahead(dev: Dev, kib: u32) {
-    let path = format!(
-        "/sys/class/bdi/{}:{}/read_ahead_kb",
-        dev.major(),
-        dev.minor()
-    );
-    let _ = fs::write(path, kib.to_string());
-}
-
 /// Whether this process may register backing files: CAP_SYS_ADMIN, which the
 /// kernel wants in the first user namespace (fs/fuse/backing.c).
 pub(super) fn may_back() -> bool {

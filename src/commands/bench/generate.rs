@@ -1,8 +1,7 @@
 //! Clips that are made for the purpose.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -79,41 +78,27 @@ pub fn rigs(
                     .map_err(environment)
                     .and_then(cached)
             };
-            let tuned = match (tuned, tuned.map(|_| start())) {
-                (_, None) => None,
-                (_, Some(Ok(tuned))) => Some(tuned),
-                (Some(true), Some(Err(error))) if !stop() => {
+            let Some(may_be_left_out) = tuned else {
+                return Ok(Rigs { tuned: None, rig });
+            };
+            let tuned = match start() {
+                Ok(tuned) => Some(tuned),
+                Err(error) if may_be_left_out && !stop() => {
                     notes.note(format_args!("note: no tuned mount: {error:#}"));
                     None
                 }
-                (_, Some(Err(error))) => return Err(error),
+                Err(error) => return Err(error),
             };
-            if let Some(tuned) = &tuned {
-                read_ahead(&tuned.mountpoint(), notes);
+            if let Some(Err(error)) = tuned.as_ref().map(|rig| rig.set_read_ahead(1024)) {
+                notes.note(format_args!(
+                    "note: the tuned mount reads ahead no further than others: {error}"
+                ));
             }
             Ok(Rigs { tuned, rig })
         });
     match made {
         Err(_) if stop() => Ok(None),
         made => made.map(Some),
-    }
-}
-
-/// rclone's `--max-read-ahead` only limits what the kernel would read ahead, 128 KiB
-/// by default, which is raised here.
-fn read_ahead(mountpoint: &Path, notes: &Notes) {
-    let set = || {
-        let dev = fs::metadata(mountpoint)?.dev();
-        let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
-        fs::write(
-            format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
-            "1024",
-        )
-    };
-    if let Err(error) = set() {
-        notes.note(format_args!(
-            "note: the tuned mount reads ahead no further than others: {error}"
-        ));
     }
 }
 
