@@ -89,6 +89,10 @@ pub struct RunArgs {
     #[arg(long, default_value_t = 65_536, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=1 << 22))]
     pub max_fds: u32,
+    /// Count what reads of clips through FUSE cost, by clip and process, and estimate
+    /// what the bypass would have saved. Every read of the host pays a little.
+    #[arg(long)]
+    pub account: bool,
     /// Size of the event ring: a power of two.
     #[arg(long, default_value = "4MiB", value_name = "SIZE", value_parser = parse_ring_size)]
     pub ring_size: Size,

@@ -1,5 +1,7 @@
 //! The subcommands.
 
+#[cfg(feature = "ebpf")]
+mod account;
 pub mod bench;
 pub mod doctor;
 pub mod dump_map;

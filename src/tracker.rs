@@ -6,6 +6,7 @@
 //! reading or writing; no O_PATH, no folders.
 
 mod abi;
+mod account;
 mod attach;
 mod clock;
 mod doctor;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use abi::RawEvent;
+pub use account::{Account, Accounts, ReadCost};
 pub use attach::AttachMode;
 pub use doctor::{Check, checks};
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
@@ -35,6 +37,8 @@ pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};
 
 use table::Table;
+
+use crate::mounts::Dev;
 
 /// Where maps are pinned unless told otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/vmafx-bypass";
@@ -96,6 +100,9 @@ losses! {
     DeleteFailed = "delete_failed", false;
     /// The start of an open call was not seen: its duration is unknown.
     OpenUntimed = "open_untimed", true;
+    /// A read call was not counted: it was under way when tracking began, or
+    /// there was no room for it.
+    ReadUncounted = "read_uncounted", true;
     /// A program did not run, because another BPF program or bpf(2) call was
     /// under way on the CPU. Counted by the kernel, for tracepoints since 6.7,
     /// in each program's fdinfo.
@@ -210,6 +217,8 @@ pub struct TrackerOptions {
     pub max_fds: u32,
     /// Size of the ring buffer, bytes: a power of two, and whole pages.
     pub ring_bytes: u32,
+    /// Count reads through tracked descriptors, and the time they take.
+    pub account: bool,
 }
 
 impl TrackerOptions {
@@ -232,6 +241,7 @@ impl Default for TrackerOptions {
             pin_dir: None,
             max_fds: 65_536,
             ring_bytes: 4 << 20,
+            account: false,
         }
     }
 }
@@ -285,6 +295,7 @@ struct Shared {
     mode: OnceLock<AttachMode>,
     refused: Mutex<Vec<(AttachMode, String)>>,
     kernel: Mutex<Option<abi::Stats>>,
+    accounts: Mutex<Option<account::Maps>>,
     commands: Mutex<Sender<Command>>,
     wake: EventFd,
 }
@@ -327,6 +338,7 @@ impl Tracker {
             mode: OnceLock::new(),
             refused: Mutex::default(),
             kernel: Mutex::default(),
+            accounts: Mutex::default(),
             commands: Mutex::new(commands),
             wake,
         });
@@ -390,6 +402,23 @@ impl Tracker {
     #[must_use]
     pub fn losses(&self) -> Losses {
         self.shared.losses()
+    }
+
+    /// What reads cost so far; `None`: they are not counted
+    /// ([`TrackerOptions::account`]).
+    ///
+    /// # Errors
+    /// Where the maps cannot be read.
+    pub fn accounts(&self) -> std::io::Result<Option<Accounts>> {
+        let maps = self.shared.lock_accounts();
+        maps.as_ref().map(account::Maps::read).transpose()
+    }
+
+    /// What a process has read of a clip so far; `None`: nothing, or it is not
+    /// counted.
+    #[must_use]
+    pub fn read_cost(&self, pid: u32, dev: Dev, ino: u64) -> Option<ReadCost> {
+        self.shared.lock_accounts().as_ref()?.cost(pid, dev, ino)
     }
 
     /// Events received so far.
@@ -542,6 +571,10 @@ impl Shared {
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_accounts(&self) -> std::sync::MutexGuard<'_, Option<account::Maps>> {
+        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_subscribers(&self) -> std::sync::MutexGuard<'_, Vec<SyncSender<Update>>> {

@@ -23,13 +23,16 @@ const LONGEST: Duration = Duration::from_secs(120);
 /// How often a round is repeated where another program was loaded meanwhile.
 const TRIES: usize = 5;
 
+type Once = Box<dyn Fn()>;
+
 /// A call that is measured.
 struct Call {
     name: &'static str,
     /// CPU time of the thread, which others' work on the CPU does not change;
     /// where a daemon does the work, the time on the wall.
     clock: ClockId,
-    once: Box<dyn Fn()>,
+    /// Makes what is called: what it opens is open while it is measured.
+    make: Box<dyn Fn() -> Outcome<Once>>,
 }
 
 impl Call {
@@ -37,25 +40,26 @@ impl Call {
         Ok(clock_gettime(self.clock)?.into())
     }
 
-    fn time(&self, count: u32) -> Outcome<Duration> {
+    fn time(&self, once: &dyn Fn(), count: u32) -> Outcome<Duration> {
         let start = self.now()?;
         for _ in 0..count {
-            (self.once)();
+            once();
         }
         Ok(self.now()?.saturating_sub(start))
     }
 
     /// Nanoseconds for one call: the median over short slices.
     fn batch(&self) -> Outcome<f64> {
+        let once = (self.make)()?;
         // It warms up, too.
         let mut count = 1;
         let slice = BATCH / SLICES;
-        while self.time(count)? < slice / 2 {
+        while self.time(&once, count)? < slice / 2 {
             count *= 2;
         }
         let mut slices = Vec::new();
         for _ in 0..SLICES {
-            slices.push(self.time(count)?.as_nanos() as f64 / f64::from(count));
+            slices.push(self.time(&once, count)?.as_nanos() as f64 / f64::from(count));
         }
         Ok(Spread::of(slices).p50)
     }
@@ -103,13 +107,6 @@ fn calls(bench: &Bench) -> Outcome<Vec<Call>> {
         fs::write(&path, vec![b'f'; 1 << 16])?;
         Ok(path)
     };
-    let cached = File::open(put(bench.memory.path())?)?;
-    let pread = move || {
-        let mut block = [0; 4096];
-        let read = cached.read_at(&mut block, 8192);
-        assert!(matches!(black_box(read), Ok(4096)));
-        black_box(&block);
-    };
     let getppid = || {
         black_box(rustix::process::getppid());
     };
@@ -118,13 +115,9 @@ fn calls(bench: &Bench) -> Outcome<Vec<Call>> {
         Call {
             name: "getppid",
             clock: cpu,
-            once: Box::new(getppid),
+            make: Box::new(move || Ok(Box::new(getppid))),
         },
-        Call {
-            name: "pread 4 KiB",
-            clock: cpu,
-            once: Box::new(pread),
-        },
+        pread("pread 4 KiB", put(bench.memory.path())?),
         open_close("open+close, tmpfs", cpu, put(bench.memory.path())?)?,
         open_close("open+close, disk", cpu, put(bench.disk.path())?)?,
         open_close(
@@ -132,12 +125,32 @@ fn calls(bench: &Bench) -> Outcome<Vec<Call>> {
             ClockId::CLOCK_MONOTONIC,
             bench.clip.clone(),
         )?,
+        // Of the kernel's pages. Last: from then on this process counts as tracked.
+        pread("pread 4 KiB, clip", bench.clip.clone()),
     ])
+}
+
+fn pread(name: &'static str, path: PathBuf) -> Call {
+    let make = move || -> Outcome<Once> {
+        let file = File::open(&path)?;
+        Ok(Box::new(move || {
+            let mut block = [0; 4096];
+            let read = file.read_at(&mut block, 8192);
+            assert!(matches!(black_box(read), Ok(4096)));
+            black_box(&block);
+        }))
+    };
+    Call {
+        name,
+        clock: ClockId::CLOCK_THREAD_CPUTIME_ID,
+        make: Box::new(make),
+    }
 }
 
 /// The path is made ready for the call before, so that the calls alone count.
 fn open_close(name: &'static str, clock: ClockId, path: PathBuf) -> Outcome<Call> {
     let path = std::ffi::CString::new(path.into_os_string().into_encoded_bytes())?;
+    let path = std::rc::Rc::new(path);
     let once = move || {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::open(path.as_c_str(), flags, Permissions::empty());
@@ -146,7 +159,7 @@ fn open_close(name: &'static str, clock: ClockId, path: PathBuf) -> Outcome<Call
     Ok(Call {
         name,
         clock,
-        once: Box::new(once),
+        make: Box::new(move || Ok(Box::new(once.clone()))),
     })
 }
 

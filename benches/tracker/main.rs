@@ -50,7 +50,8 @@ struct Args {
     /// The rclone to mount with.
     #[arg(long, default_value = "rclone", value_name = "FILE")]
     rclone: PathBuf,
-    /// Attach modes; those that do not work here are listed with the reason.
+    /// Attach modes, `raw+account` with `run --account`; those that do not work here
+    /// are listed with the reason.
     #[arg(long, value_delimiter = ',', default_value = "tracepoint,raw,fentry")]
     attach: Vec<String>,
     /// Which parts to measure.

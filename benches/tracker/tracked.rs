@@ -88,6 +88,10 @@ impl Program {
     ) -> Outcome<Result<Tracked, String>> {
         let (output, errors) = (self.folder.join("output"), self.folder.join("errors"));
         let mut command = Command::new(&self.file);
+        let (attach, account) = match attach.strip_suffix("+account") {
+            Some(attach) => (attach, &["--account"][..]),
+            None => (attach, &[][..]),
+        };
         command
             .args(["run", "--enable", "--attach", attach, "--prefix"])
             .arg(&self.prefix)
@@ -97,6 +101,7 @@ impl Program {
                 Rows::Json => &["--format=json"][..],
                 Rows::None => &["-q"],
             })
+            .args(account)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(File::create(&output)?)

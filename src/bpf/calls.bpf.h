@@ -37,6 +37,7 @@ enum call {
 	CALL_UNSHARE,
 	CALL_IOCTL,
 	CALL_SOCKETCALL, /* the old 32-bit way to recvmsg(2) */
+	CALL_READ,       /* counted where that is asked for */
 };
 
 #define CALLS 512
@@ -49,6 +50,8 @@ const volatile __u8 native_calls[CALLS] = {
 	[437] = CALL_OPEN,   [32] = CALL_DUP,	  [33] = CALL_DUP,	 [292] = CALL_DUP,
 	[72] = CALL_FCNTL,   [438] = CALL_GETFD,  [3] = CALL_CLOSE,	 [436] = CALL_CLOSE_RANGE,
 	[47] = CALL_RECVMSG, [299] = CALL_RECVMMSG, [272] = CALL_UNSHARE, [16] = CALL_IOCTL,
+	[0] = CALL_READ,     [17] = CALL_READ,	  [19] = CALL_READ,	 [295] = CALL_READ,
+	[327] = CALL_READ,
 };
 const volatile __u8 compat_calls[CALLS] = {
 	[5] = CALL_OPEN,      [8] = CALL_OPEN,	     [295] = CALL_OPEN,	   [342] = CALL_OPEN,
@@ -56,6 +59,8 @@ const volatile __u8 compat_calls[CALLS] = {
 	[55] = CALL_FCNTL,    [221] = CALL_FCNTL,    [438] = CALL_GETFD,   [6] = CALL_CLOSE,
 	[436] = CALL_CLOSE_RANGE, [372] = CALL_RECVMSG, [337] = CALL_RECVMMSG, [417] = CALL_RECVMMSG,
 	[310] = CALL_UNSHARE, [54] = CALL_IOCTL,     [102] = CALL_SOCKETCALL,
+	[3] = CALL_READ,      [180] = CALL_READ,     [145] = CALL_READ,	   [333] = CALL_READ,
+	[378] = CALL_READ,
 };
 #elif defined(__TARGET_ARCH_arm64)
 /* include/uapi/asm-generic/unistd.h, arch/arm64/tools/syscall_32.tbl */
@@ -63,7 +68,8 @@ const volatile __u8 native_calls[CALLS] = {
 	[56] = CALL_OPEN,     [265] = CALL_OPEN,     [437] = CALL_OPEN,	  [23] = CALL_DUP,
 	[24] = CALL_DUP,      [25] = CALL_FCNTL,     [438] = CALL_GETFD,  [57] = CALL_CLOSE,
 	[436] = CALL_CLOSE_RANGE, [212] = CALL_RECVMSG, [243] = CALL_RECVMMSG, [97] = CALL_UNSHARE,
-	[29] = CALL_IOCTL,
+	[29] = CALL_IOCTL,    [63] = CALL_READ,	     [67] = CALL_READ,	  [65] = CALL_READ,
+	[69] = CALL_READ,     [286] = CALL_READ,
 };
 const volatile __u8 compat_calls[CALLS] = {
 	[5] = CALL_OPEN,      [8] = CALL_OPEN,	     [322] = CALL_OPEN,	  [371] = CALL_OPEN,
@@ -71,10 +77,21 @@ const volatile __u8 compat_calls[CALLS] = {
 	[55] = CALL_FCNTL,    [221] = CALL_FCNTL,    [438] = CALL_GETFD,  [6] = CALL_CLOSE,
 	[436] = CALL_CLOSE_RANGE, [297] = CALL_RECVMSG, [365] = CALL_RECVMMSG, [417] = CALL_RECVMMSG,
 	[337] = CALL_UNSHARE, [54] = CALL_IOCTL,     [102] = CALL_SOCKETCALL,
+	[3] = CALL_READ,      [180] = CALL_READ,     [145] = CALL_READ,	   [361] = CALL_READ,
+	[392] = CALL_READ,
 };
 #else
 #error "no table of system calls for this architecture"
 #endif
+
+/* Whether reads are counted, too. */
+const volatile __u8 account_reads = 0;
+
+/* Whether a call's end is looked at. */
+static __always_inline bool is_followed(__u8 kind)
+{
+	return kind && (account_reads || kind != CALL_READ);
+}
 
 /* The registers that the current system call began with. */
 static __always_inline struct pt_regs *own_regs(void)

@@ -122,6 +122,50 @@ struct {
 	__type(value, struct vb_path);
 } paths SEC(".maps");
 
+/* A read that is under way. */
+struct reading {
+	__u64 start; /* 0: none is */
+	__u64 ino;
+	__u64 size;
+	__u32 dev;
+	__u32 pid;
+};
+
+/* What each thread reads, by its number. Set at load: 1 where reads are not counted. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct reading);
+} readings SEC(".maps");
+
+/* Reads by process and clip; the oldest make room for new ones. Set at load, likewise. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct vb_account_key);
+	__type(value, struct vb_account);
+} accounts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct vb_reads);
+} reads SEC(".maps");
+
+/*
+ * Where clips are that were open once: as `paths`, by (pid 0, fd: device, opened_at:
+ * inode). User space alone writes. Set at load, likewise.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct vb_path_key);
+	__type(value, struct vb_path);
+} clips SEC(".maps");
+
 /* 1: not every process has been looked at yet. User space alone writes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -21,6 +21,7 @@
 #include "track.bpf.h"
 #include "calls.bpf.h"
 #include "lives.bpf.h"
+#include "account.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -53,6 +54,23 @@ static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 		return handle_exit(kind, &call);                                \
 	}
 
+#define TP_READ(name)                                                           \
+	SEC("?tracepoint/syscalls/sys_enter_" #name)                            \
+	int tp_enter_##name(struct trace_event_raw_sys_enter *ctx)              \
+	{                                                                       \
+		struct called call = {};                                        \
+                                                                                \
+		return handle_enter_read(&call);                                \
+	}                                                                       \
+                                                                                \
+	SEC("?tracepoint/syscalls/sys_exit_" #name)                             \
+	int tp_exit_##name(struct trace_event_raw_sys_exit *ctx)                \
+	{                                                                       \
+		struct called call = { .ret = ctx->ret };                       \
+                                                                                \
+		return handle_exit_read(&call);                                 \
+	}
+
 /* -- fentry: the functions take the registers alone -- */
 
 #if defined(__TARGET_ARCH_x86)
@@ -80,6 +98,26 @@ static __always_inline __u64 syscall_nr(struct pt_regs *regs)
 		};                                                              \
                                                                                 \
 		return handle_exit(kind, &call);                                \
+	}
+
+#define FN_READ_OF(id, function, is_compat)                                     \
+	SEC("?fentry/" function)                                                \
+	int fn_enter_##id(__u64 *ctx)                                           \
+	{                                                                       \
+		struct called call = { .compat = is_compat };                   \
+                                                                                \
+		return handle_enter_read(&call);                                \
+	}                                                                       \
+                                                                                \
+	SEC("?fexit/" function)                                                 \
+	int fn_exit_##id(__u64 *ctx)                                            \
+	{                                                                       \
+		struct called call = {                                          \
+			.ret = (long)ctx[1],                                    \
+			.compat = is_compat,                                    \
+		};                                                              \
+                                                                                \
+		return handle_exit_read(&call);                                 \
 	}
 
 #define ENTER(name) TP_ENTER(name) FN_ENTER_OF(name, NATIVE(name))
@@ -138,6 +176,25 @@ COMPAT_EXIT(sys_close_range, CALL_CLOSE_RANGE)
 COMPAT_EXIT(sys_unshare, CALL_UNSHARE)
 #endif
 
+#define READ(name) TP_READ(name) FN_READ_OF(name, NATIVE(name), false)
+#define COMPAT_READ(name) FN_READ_OF(32_##name, COMPAT_PREFIX #name, true)
+
+/* Which of these there are, attach.rs knows, too. */
+READ(read)
+READ(pread64)
+READ(readv)
+READ(preadv)
+READ(preadv2)
+COMPAT_READ(compat_sys_preadv)
+COMPAT_READ(compat_sys_preadv2)
+#if defined(__TARGET_ARCH_x86)
+COMPAT_READ(sys_read)
+COMPAT_READ(sys_readv)
+COMPAT_READ(sys_ia32_pread64)
+#elif defined(__TARGET_ARCH_arm64)
+COMPAT_READ(compat_sys_aarch32_pread64)
+#endif
+
 SEC("?fexit/fd_install")
 int fn_install(__u64 *ctx)
 {
@@ -148,14 +205,34 @@ int fn_install(__u64 *ctx)
 
 /* -- raw -- */
 
+/* Whether the current system call is of a 32-bit program. */
+static __always_inline bool is_compat(struct task_struct *task)
+{
+#if defined(__TARGET_ARCH_x86)
+	/* TS_COMPAT, arch/x86/include/asm/thread_info.h */
+	return task->thread_info.status & 2;
+#elif defined(__TARGET_ARCH_arm64)
+	/* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
+	return task->thread_info.flags >> 22 & 1;
+#endif
+}
+
 SEC("?raw_tp/sys_enter")
 int raw_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 nr = ctx->args[1];
 
-	if (nr >= CALLS || (native_calls[nr] != CALL_OPEN && compat_calls[nr] != CALL_OPEN))
+	if (nr >= CALLS)
 		return 0;
-	return handle_enter_open();
+	if (native_calls[nr] == CALL_OPEN || compat_calls[nr] == CALL_OPEN)
+		handle_enter_open();
+	if (account_reads && (native_calls[nr] == CALL_READ || compat_calls[nr] == CALL_READ)) {
+		struct called call = { .compat = is_compat(bpf_get_current_task_btf()) };
+
+		if ((call.compat ? compat_calls[nr] : native_calls[nr]) == CALL_READ)
+			handle_enter_read(&call);
+	}
+	return 0;
 }
 
 SEC("?raw_tp/sys_exit")
@@ -165,17 +242,15 @@ int raw_exit(struct bpf_raw_tracepoint_args *ctx)
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	struct called call = { .ret = (long)ctx->args[1] };
 	__u64 nr = syscall_nr(regs);
+	enum call kind;
 
-	if (nr >= CALLS || (!native_calls[nr] && !compat_calls[nr]))
+	if (nr >= CALLS || (!is_followed(native_calls[nr]) && !is_followed(compat_calls[nr])))
 		return 0;
-#if defined(__TARGET_ARCH_x86)
-	/* TS_COMPAT, arch/x86/include/asm/thread_info.h */
-	call.compat = task->thread_info.status & 2;
-#elif defined(__TARGET_ARCH_arm64)
-	/* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
-	call.compat = task->thread_info.flags >> 22 & 1;
-#endif
-	return handle_exit(call.compat ? compat_calls[nr] : native_calls[nr], &call);
+	call.compat = is_compat(task);
+	kind = call.compat ? compat_calls[nr] : native_calls[nr];
+	if (kind == CALL_READ)
+		return account_reads ? handle_exit_read(&call) : 0;
+	return handle_exit(kind, &call);
 }
 
 /* -- in every mode -- */

@@ -13,7 +13,7 @@
 #define RCLONE_BYPASS_H
 
 /* Bumped at every change of a layout below; `dump-map` refuses another one. */
-#define VB_ABI_VERSION 3
+#define VB_ABI_VERSION 4
 
 #define VB_COMM_LEN 16
 /* PATH_MAX of linux/limits.h: a path has up to 4,095 bytes and no NUL here. */
@@ -55,6 +55,7 @@ enum vb_loss {
 	VB_LOSS_UNSTABLE,        /* threads changed one descriptor again and again */
 	VB_LOSS_DELETE_FAILED,   /* an entry of a dead process would not go */
 	VB_LOSS_OPEN_UNTIMED,    /* an open's start was not seen: no open_ns */
+	VB_LOSS_READ_UNCOUNTED,  /* a read's start was not seen, or no account had room */
 	VB_LOSS_MAX,
 };
 
@@ -150,7 +151,30 @@ struct vb_meta {
 	__u32 version;    /* VB_ABI_VERSION */
 	__u32 pid;
 	__u32 busy; /* 1: reconciliation is under way */
-	__u32 pad;
+	__u32 account; /* 1: reads are counted */
+};
+
+/* Reads by a process of a clip, whatever descriptors it has had of it. */
+struct vb_account_key {
+	__u64 ino;
+	__u32 dev;
+	__u32 pid;
+};
+
+struct vb_account {
+	__u64 reads; /* calls that returned, with an error or without */
+	__u64 bytes;
+	__u64 ns; /* in these calls */
+	__u64 size; /* of the clip, when the descriptor that was last read was opened */
+	char comm[VB_COMM_LEN]; /* the process's, at its first read of the clip */
+};
+
+/* Reads of all, a CPU's part of them. */
+struct vb_reads {
+	__u64 reads;
+	__u64 bytes;
+	__u64 ns;
+	__u64 accounts; /* that were begun */
 };
 
 /* The one element of `stats`. */
@@ -177,7 +201,10 @@ _Static_assert(sizeof(struct vb_event) == 96, "vb_event");
 _Static_assert(sizeof(struct vb_path_key) == 24, "vb_path_key");
 _Static_assert(sizeof(struct vb_path) == 248, "vb_path");
 _Static_assert(sizeof(struct vb_meta) == 56, "vb_meta");
-_Static_assert(sizeof(struct vb_stats) == 80, "vb_stats");
+_Static_assert(sizeof(struct vb_account_key) == 16, "vb_account_key");
+_Static_assert(sizeof(struct vb_account) == 48, "vb_account");
+_Static_assert(sizeof(struct vb_reads) == 32, "vb_reads");
+_Static_assert(sizeof(struct vb_stats) == 88, "vb_stats");
 _Static_assert(sizeof(struct vb_proc) == 16, "vb_proc");
 _Static_assert(sizeof(struct vb_event) % 8 == 0, "records stay aligned");
 

@@ -38,6 +38,7 @@ mod dumping {
 
     use super::{Coded, DumpMapArgs, Exit, Notes, Result};
     use crate::cli::TableFormat;
+    use crate::commands::account::{LocalRate, Report};
     use crate::commands::estimate::{self, Estimator};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
 
@@ -47,10 +48,18 @@ mod dumping {
         if !args.pid.is_empty() {
             dump.entries.retain(|e| args.pid.contains(&e.pid));
         }
+        let account = dump.accounts.take().map(|mut accounts| {
+            if !args.pid.is_empty() {
+                accounts.each.retain(|a| args.pid.contains(&a.pid));
+            }
+            let rate = LocalRate::measure().context("measuring local reads")?;
+            Ok::<_, anyhow::Error>(Report::new(&accounts, rate, &mut Estimator::default()))
+        });
+        let account = account.transpose()?;
         let mut out = BufWriter::new(io::stdout());
         match args.format {
-            TableFormat::Json => print_json(&mut out, &dump),
-            TableFormat::Table => print_table(&mut out, &dump),
+            TableFormat::Json => print_json(&mut out, &dump, account.as_ref()),
+            TableFormat::Table => print_table(&mut out, &dump, account.as_ref()),
         }
         .and_then(|()| out.flush())
         .context("standard output")?;
@@ -108,12 +117,14 @@ mod dumping {
     }
 
     #[derive(Serialize)]
-    struct JsonDump {
+    struct JsonDump<'a> {
         schema: u32,
         owner: JsonOwner,
         complete: bool,
         losses: serde_json::Map<String, serde_json::Value>,
         entries: Vec<JsonEntry>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        account: Option<&'a Report>,
     }
 
     #[derive(Serialize)]
@@ -130,7 +141,7 @@ mod dumping {
         opened_at: String,
     }
 
-    fn print_json(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
+    fn print_json(out: &mut impl Write, dump: &Dump, account: Option<&Report>) -> io::Result<()> {
         let mut estimates = Estimates::default();
         let document = JsonDump {
             schema: SCHEMA,
@@ -149,11 +160,12 @@ mod dumping {
                     opened_at: output::time(entry.opened_at),
                 })
                 .collect(),
+            account,
         };
         output::write_json(out, &document)
     }
 
-    fn print_table(out: &mut impl Write, dump: &Dump) -> io::Result<()> {
+    fn print_table(out: &mut impl Write, dump: &Dump, account: Option<&Report>) -> io::Result<()> {
         let mut estimates = Estimates::default();
         writeln!(
             out,
@@ -174,6 +186,9 @@ mod dumping {
                 row.state,
                 shown(entry.path.as_deref()),
             )?;
+        }
+        for line in account.iter().flat_map(|report| report.text()) {
+            writeln!(out, "{line}")?;
         }
         Ok(())
     }

@@ -107,5 +107,10 @@ fn on_rclone<'a>(table: &'a MountTable, dev: Dev, path: &Path) -> Option<(&'a Mo
 
 /// The contract's word for an estimate.
 pub fn state(estimate: &Estimate) -> &'static str {
-    estimate.state.map_or("active", Reason::name)
+    word(estimate.state)
+}
+
+/// The contract's word for a state.
+pub fn word(state: Option<Reason>) -> &'static str {
+    state.map_or("active", Reason::name)
 }

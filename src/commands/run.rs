@@ -60,16 +60,20 @@ mod tracking {
     use anyhow::Context;
     use serde::Serialize;
     use vmafx_bypass::tracker::{
-        AttachMode, Event, Losses, Stopper, Subscription, TrackerError, Update, Watch,
+        AttachMode, Event, EventKind, Losses, Stopper, Subscription, TrackerError, Update, Watch,
     };
     use vmafx_bypass::{Tracker, TrackerOptions};
 
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
     use crate::cli::{Attach, Format, Wait};
+    use crate::commands::account::{self, LocalRate};
     use crate::commands::estimate::{self, Estimator};
     use crate::commands::serve;
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
     use crate::signals::Interrupted;
+
+    /// Clips and processes that the summary lists at most, of each.
+    const LISTED: usize = 10;
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
         // Signals first: a prefix on a mount that hangs would hang the start.
@@ -91,6 +95,7 @@ mod tracking {
             pin_dir: Some(args.pin_dir.clone()),
             max_fds: args.max_fds,
             ring_bytes: args.ring_size.0 as u32,
+            account: args.account,
         })
         .map_err(coded)?;
         *stopper.lock().unwrap_or_else(PoisonError::into_inner) = Some(tracker.stopper());
@@ -115,7 +120,7 @@ mod tracking {
             );
         }
         let server = serve::start(args, notes)?;
-        let mut printer = Printer::new(args, notes, tracker.attach_mode());
+        let mut printer = Printer::new(args, notes, &tracker);
         let ended = printer
             .begin(&tracker.watches())
             .map_err(Into::into)
@@ -135,9 +140,17 @@ mod tracking {
         let (events, losses) = (tracker.events(), tracker.losses());
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         let tracked = entries.len();
+        let accounts = printer.accounts();
         let handover = server.as_ref().map(|server| server.stats().into());
         drop(server);
-        let summarised = printer.end(events, tracked, complete, &losses, handover.as_ref());
+        let summarised = printer.end(
+            events,
+            tracked,
+            complete,
+            &losses,
+            accounts.as_ref().ok().and_then(Option::as_ref),
+            handover.as_ref(),
+        );
         if ended.is_ok() && summarised.is_ok() {
             interrupted.note_told();
         }
@@ -145,6 +158,7 @@ mod tracking {
         tracker.stop().map_err(coded)?;
         ended?;
         summarised?;
+        accounts?;
         Ok(Exit::Done)
     }
 
@@ -242,6 +256,9 @@ mod tracking {
         #[serde(flatten)]
         row: &'a Row,
         open_ns: Option<u64>,
+        /// What the process has read of the clip so far; of `close` alone.
+        #[serde(flatten)]
+        read: Option<account::Cost>,
     }
 
     #[derive(Serialize)]
@@ -262,15 +279,20 @@ mod tracking {
         notes: &'a Notes,
         mode: Option<AttachMode>,
         out: BufWriter<std::io::Stdout>,
+        tracker: &'a Tracker,
+        /// Whether reads are counted.
+        account: bool,
         estimator: Estimator,
     }
 
     impl<'a> Printer<'a> {
-        fn new(args: &RunArgs, notes: &'a Notes, mode: Option<AttachMode>) -> Self {
+        fn new(args: &RunArgs, notes: &'a Notes, tracker: &'a Tracker) -> Self {
             Self {
                 format: args.format,
                 notes,
-                mode,
+                mode: tracker.attach_mode(),
+                tracker,
+                account: args.account,
                 out: BufWriter::new(io::stdout()),
                 estimator: Estimator::new(args.cache_dir.clone()),
             }
@@ -295,8 +317,17 @@ mod tracking {
             if self.format == Format::Text && !self.notes.is_quiet() {
                 writeln!(
                     self.out,
-                    "{:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} PATH",
-                    "TIME", "EVENT", "PID", "FD", "COMM", "SIZE", "CACHED", "STATE", "OPEN"
+                    "{:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} {}PATH",
+                    "TIME",
+                    "EVENT",
+                    "PID",
+                    "FD",
+                    "COMM",
+                    "SIZE",
+                    "CACHED",
+                    "STATE",
+                    "OPEN",
+                    if self.account { account::HEADER } else { "" },
                 )?;
             }
             self.flush()
@@ -368,6 +399,11 @@ mod tracking {
                 cached_bytes: estimate.cached_bytes,
                 state: estimate::state(&estimate),
             };
+            let closed = event.kind == EventKind::Close;
+            let read = (self.account && closed)
+                .then(|| self.tracker.read_cost(fd.pid, fd.dev, fd.ino))
+                .flatten()
+                .map(account::Cost::from);
             let ts = output::time(event.at);
             if self.format == Format::Json {
                 return self.json(&JsonEvent {
@@ -376,6 +412,7 @@ mod tracking {
                     tid: event.tid,
                     row: &row,
                     open_ns: fd.open_ns,
+                    read,
                 });
             }
             let open = match (event.kind.name(), fd.open_ns) {
@@ -386,7 +423,7 @@ mod tracking {
             let clock = ts.get(11..23).unwrap_or(&ts);
             writeln!(
                 self.out,
-                "{clock:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {open:>9} {}",
+                "{clock:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {open:>9} {}{}",
                 event.kind.name(),
                 row.pid,
                 row.fd,
@@ -394,8 +431,25 @@ mod tracking {
                 row.size(),
                 row.cached(),
                 row.state,
+                if self.account {
+                    account::columns(read)
+                } else {
+                    String::new()
+                },
                 shown(path),
             )
+        }
+
+        /// What reads cost, for the summary; `None`: that was not asked for.
+        fn accounts(&mut self) -> Result<Option<account::Report>> {
+            let accounts = self.tracker.accounts().context("reading the accounts")?;
+            accounts
+                .map(|accounts| {
+                    let rate = LocalRate::measure().context("measuring local reads")?;
+                    let report = account::Report::new(&accounts, rate, &mut self.estimator);
+                    Ok(report.largest(LISTED))
+                })
+                .transpose()
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -409,6 +463,7 @@ mod tracking {
             tracked: usize,
             complete: bool,
             losses: &Losses,
+            accounts: Option<&account::Report>,
             handover: Option<&serve::Summary>,
         ) -> Result<()> {
             if self.format == Format::Json {
@@ -420,6 +475,9 @@ mod tracking {
                     "complete": complete,
                     "losses": losses_json(losses),
                 });
+                if let Some(accounts) = accounts {
+                    summary["account"] = serde_json::to_value(accounts)?;
+                }
                 if let Some(handover) = handover {
                     summary["handover"] = serde_json::to_value(handover)?;
                 }
@@ -433,6 +491,9 @@ mod tracking {
                 output::report(format_args!(
                     "summary: {events} events, {tracked} descriptors still open, {lost}"
                 ));
+                for line in accounts.iter().flat_map(|report| report.text()) {
+                    output::report(line);
+                }
                 if let Some(handover) = handover {
                     output::report(handover.text());
                 }

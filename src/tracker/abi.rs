@@ -24,12 +24,12 @@ mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/rclone_bypass.skel.rs"));
 }
 
+pub(super) use skeleton::types::{vb_account, vb_account_key, vb_fd, vb_fd_key, vb_meta, vb_reads};
 use skeleton::types::{vb_event, vb_path, vb_path_key, vb_proc, vb_reconcile, vb_stats};
-pub(super) use skeleton::types::{vb_fd, vb_fd_key, vb_meta};
 pub(super) use skeleton::{OpenRcloneBypassSkel, RcloneBypassSkel, RcloneBypassSkelBuilder};
 
 /// `VB_ABI_VERSION`.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// `VB_DEV_SLOTS`.
 const DEV_SLOTS: u32 = 4096;
 /// `enum vb_event_kind`.
@@ -56,7 +56,7 @@ const SYNC_ALONE: u64 = 0x400;
 const RECONCILE_DONE: u32 = 0xffff_ffff;
 const RECONCILE_GONE: u32 = 0xffff_fffe;
 /// `VB_LOSS_MAX`.
-const KERNEL_LOSSES: usize = 9;
+const KERNEL_LOSSES: usize = 10;
 /// `VB_PATH_CHUNK`.
 const PATH_CHUNK: usize = 240;
 
@@ -68,7 +68,10 @@ const _: () = assert!(size_of::<vb_event>() == 96);
 const _: () = assert!(size_of::<vb_path_key>() == 24);
 const _: () = assert!(size_of::<vb_path>() == 248);
 const _: () = assert!(size_of::<vb_meta>() == 56);
-const _: () = assert!(size_of::<vb_stats>() == 80);
+const _: () = assert!(size_of::<vb_stats>() == 88);
+const _: () = assert!(size_of::<vb_account_key>() == 16);
+const _: () = assert!(size_of::<vb_account>() == 48);
+const _: () = assert!(size_of::<vb_reads>() == 32);
 const _: () = assert!(size_of::<vb_stats>() == 8 * (KERNEL_LOSSES + 1));
 
 // SAFETY: integers and arrays of them, `repr(C)`, without padding as the size
@@ -90,6 +93,12 @@ unsafe impl Plain for vb_path {}
 unsafe impl Plain for vb_meta {}
 // SAFETY: as above.
 unsafe impl Plain for vb_stats {}
+// SAFETY: as above.
+unsafe impl Plain for vb_account_key {}
+// SAFETY: as above.
+unsafe impl Plain for vb_account {}
+// SAFETY: as above.
+unsafe impl Plain for vb_reads {}
 
 /// The bytes of an ABI value, as a map's key or value.
 pub(super) fn bytes<T: Plain>(value: &T) -> &[u8] {

@@ -74,9 +74,23 @@ impl Kernel {
     }
 }
 
-/// Whether a program, by its ELF section, is to be loaded in this mode.
-fn is_wanted(section: &str, mode: AttachMode, kernel: &Kernel) -> bool {
+/// Whether a program's target is a read call: its event, or a function of it.
+fn is_read(target: &str) -> bool {
+    let name = target.rsplit_once("sys_").map_or(target, |(_, name)| name);
+    let mut forms = ["enter_", "exit_", "ia32_", "aarch32_"].iter();
+    let name = forms
+        .find_map(|form| name.strip_prefix(form))
+        .unwrap_or(name);
+    matches!(name, "read" | "pread64" | "readv" | "preadv" | "preadv2")
+}
+
+/// Whether a program, by its ELF section, is to be loaded in this mode; those of
+/// reads only if they are counted.
+fn is_wanted(section: &str, mode: AttachMode, account: bool, kernel: &Kernel) -> bool {
     let (kind, target) = section.split_once('/').unwrap_or((section, ""));
+    if !account && is_read(target) {
+        return false;
+    }
     match (kind, target) {
         ("tracepoint", _) => {
             let event = target.trim_start_matches("syscalls/");
@@ -92,7 +106,12 @@ fn is_wanted(section: &str, mode: AttachMode, kernel: &Kernel) -> bool {
 }
 
 /// Chooses the programs of a mode.
-pub(super) fn select(open: &mut OpenRcloneBypassSkel<'_>, mode: AttachMode, kernel: &Kernel) {
+pub(super) fn select(
+    open: &mut OpenRcloneBypassSkel<'_>,
+    mode: AttachMode,
+    account: bool,
+    kernel: &Kernel,
+) {
     use libbpf_rs::skel::OpenSkel;
 
     // (request, …), but before 5.19 (ring, request, …): io_uring/io_uring.c.
@@ -101,9 +120,10 @@ pub(super) fn select(open: &mut OpenRcloneBypassSkel<'_>, mode: AttachMode, kern
         .is_some_and(|arguments| arguments > 2);
     if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
         rodata.uring_request = request.into();
+        rodata.account_reads = account.into();
     }
     for mut program in open.open_object_mut().progs_mut() {
         let section = program.section().to_string_lossy().into_owned();
-        program.set_autoload(is_wanted(&section, mode, kernel));
+        program.set_autoload(is_wanted(&section, mode, account, kernel));
     }
 }

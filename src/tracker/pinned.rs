@@ -12,6 +12,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::abi::{self, RcloneBypassSkel, StoredPath, vb_fd, vb_fd_key, vb_meta};
+use super::account::{self, Accounts};
 use super::clock::{BootClock, boot_ns};
 use super::{Losses, TrackerError, host};
 use crate::mounts::Dev;
@@ -22,7 +23,10 @@ const STATS: &str = "stats";
 const FDS: &str = "fds";
 const PATHS: &str = "paths";
 const MARKS: &str = "marks";
-const NAMES: [&str; 5] = [META, STATS, FDS, PATHS, MARKS];
+const ACCOUNTS: &str = "accounts";
+const READS: &str = "reads";
+const CLIPS: &str = "clips";
+const NAMES: [&str; 8] = [META, STATS, FDS, PATHS, MARKS, ACCOUNTS, READS, CLIPS];
 
 /// A path reaches the map shortly after its descriptor: how long a dump waits
 /// for the next of those that are missing, for all, and how often it looks.
@@ -104,6 +108,7 @@ impl Pins {
         &self,
         skeleton: &mut RcloneBypassSkel<'_>,
         published: &mut Published,
+        account: bool,
     ) -> Result<(), TrackerError> {
         let own = std::process::id();
         let identity = |meta: &mut vb_meta| {
@@ -111,6 +116,7 @@ impl Pins {
             meta.start_time = start_time(own).unwrap_or(0);
             meta.version = abi::VERSION;
             meta.pid = own;
+            meta.account = account.into();
         };
         published
             .try_set(identity)
@@ -122,6 +128,9 @@ impl Pins {
             (&mut maps.fds, FDS),
             (&mut maps.paths, PATHS),
             (&mut maps.marks, MARKS),
+            (&mut maps.accounts, ACCOUNTS),
+            (&mut maps.reads, READS),
+            (&mut maps.clips, CLIPS),
             (&mut maps.meta, META),
         ] {
             let path = self.dir.join(name);
@@ -289,6 +298,8 @@ pub struct Dump {
     pub losses: Losses,
     /// What is tracked, by pid and descriptor.
     pub entries: Vec<DumpEntry>,
+    /// What reads cost; `None`: they are not counted.
+    pub accounts: Option<Accounts>,
 }
 
 impl Dump {
@@ -356,6 +367,9 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         });
     }
     entries.sort_by_key(|e| (e.pid, e.fd));
+    let accounts = (meta.account != 0)
+        .then(|| read_accounts(pin_dir))
+        .transpose()?;
     // Last, so that they hold what got lost meanwhile.
     let mut losses = abi::Stats::new(open_map(pin_dir, STATS)?).losses();
     let meta = read_meta(pin_dir)?;
@@ -371,6 +385,19 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
         settled,
         losses,
         entries,
+        accounts,
+    })
+}
+
+fn read_accounts(pin_dir: &Path) -> Result<Accounts, DumpError> {
+    let maps = account::Maps {
+        accounts: open_map(pin_dir, ACCOUNTS)?,
+        reads: open_map(pin_dir, READS)?,
+        clips: open_map(pin_dir, CLIPS)?,
+    };
+    maps.read().map_err(|error| DumpError::Unreadable {
+        path: pin_dir.join(ACCOUNTS),
+        error,
     })
 }
 
@@ -411,7 +438,7 @@ fn read_fds(map: &MapHandle) -> io::Result<Vec<(vb_fd_key, vb_fd)>> {
 /// What `paths` holds of so many descriptors, in few calls. Nothing rests on
 /// all of it being here: a batch may end early, see [`read_fds`], and what is
 /// missing is looked up.
-fn read_paths(map: &MapHandle, descriptors: usize) -> HashMap<Vec<u8>, Vec<u8>> {
+pub(super) fn read_paths(map: &MapHandle, descriptors: usize) -> HashMap<Vec<u8>, Vec<u8>> {
     // Few paths need more than one element; no more memory than that takes.
     let room = (2 * descriptors as u64).min(u64::from(map.max_entries())) as u32;
     if room == 0 {

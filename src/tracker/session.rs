@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::abi::{self, OpenRcloneBypassSkel, RawEvent, RcloneBypassSkelBuilder};
+use super::account;
 use super::attach::{self, AttachMode, Kernel};
 use super::pinned::{Pins, Published};
 use super::reconcile::Reconciler;
@@ -147,7 +148,7 @@ fn open<'obj>(
         .map_err(|e| failed("opening the BPF object", e))?;
     configure(&mut open, options).map_err(|e| failed("configuring the BPF maps", e))?;
     // Read again for each mode: some megabytes that are let go at once.
-    attach::select(&mut open, mode, &Kernel::read()?);
+    attach::select(&mut open, mode, options.account, &Kernel::read()?);
     Ok(open)
 }
 
@@ -167,6 +168,17 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
     let paths = setup.pins.as_ref().map(|_| handle(&maps.paths));
     *shared.kernel.lock().unwrap_or_else(PoisonError::into_inner) =
         Some(abi::Stats::new(handle(&maps.stats)?));
+    let names = options.account.then(|| handle(&maps.clips)).transpose()?;
+    if options.account {
+        *shared
+            .accounts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(account::Maps {
+            accounts: handle(&maps.accounts)?,
+            reads: handle(&maps.reads)?,
+            clips: handle(&maps.clips)?,
+        });
+    }
     let mut state = State {
         shared,
         watched: handle(&maps.watched)?,
@@ -174,6 +186,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         fds: handle(&maps.fds)?,
         published: Published::new(handle(&maps.meta)?),
         paths: paths.transpose()?,
+        names: names.map(|map| account::Names::new(map, options.max_fds)),
         watches: Vec::new(),
         doubts: BTreeMap::new(),
         marked: false,
@@ -209,7 +222,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
     // Not before: what is seen to be opened is to be seen closed.
     state.watch(std::mem::take(&mut setup.watches), false)?;
     if let Some(pins) = &setup.pins {
-        pins.publish(&mut skeleton, &mut state.published)?;
+        pins.publish(&mut skeleton, &mut state.published, options.account)?;
         if pins.replaced {
             shared.replaced_pins.store(true, Ordering::Relaxed);
         }
@@ -359,6 +372,14 @@ fn configure(
     // Most paths take one chunk or two.
     let chunks = options.pin_dir.as_ref().map_or(1, |_| 2 * options.max_fds);
     maps.paths.set_max_entries(chunks)?;
+    if options.account {
+        maps.accounts.set_max_entries(options.max_fds)?;
+        maps.clips.set_max_entries(2 * options.max_fds)?;
+    } else {
+        maps.accounts.set_max_entries(1)?;
+        maps.clips.set_max_entries(1)?;
+        maps.readings.set_max_entries(1)?;
+    }
     if let Some(rodata) = maps.rodata_data.as_deref_mut() {
         rodata.scratch_count = scratches;
         rodata.ring_limit = options.ring_bytes / 2;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::abi::{self, Kind, RawEvent, vb_fd, vb_fd_key};
+use super::account::Names;
 use super::clock::BootClock;
 use super::pinned::Published;
 use super::table::{Agreed, Change, EventKind, Id, Report, Table, TrackedFd};
@@ -28,6 +29,8 @@ pub(super) struct State<'a> {
     pub(super) published: Published,
     /// Where pinned paths go; `None` without pins.
     pub(super) paths: Option<MapHandle>,
+    /// Where clips are that are read; `None`: reads are not counted.
+    pub(super) names: Option<Names>,
     pub(super) watches: Vec<Watch>,
     /// Entries that the kernel's map does not have, since when, and when the
     /// event that tells so was.
@@ -165,6 +168,9 @@ impl State<'_> {
 
     fn announce(&mut self, change: Change) {
         let made = change.event.kind != EventKind::Close;
+        if let Some(names) = self.names.as_mut().filter(|_| made) {
+            names.note(&change.event.fd, change.within);
+        }
         self.store_path(change.id, made.then_some((change.within, &change.event.fd)));
         if change.within && !change.told {
             self.shared.publish(&Update::Fd(change.event));
