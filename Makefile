@@ -10,7 +10,7 @@ LIBDIR ?= $(PREFIX)/lib
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-vm test-unit torture mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale bench-micro fuzz deny install build-lib install-lib header clean
+.PHONY: help setup build demo test test-vm test-unit torture soak mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale bench-micro fuzz deny install build-lib install-lib header clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ RCLONE ?= $(RCLONE_NEW)
 torture: setup ## torture bypassed reads: DURATION=30m RCLONE=path beside PATH's
 	TORTURE_SECONDS=$(DURATION) RCLONE_NEW=$(RCLONE) \
 		cargo test --locked --test torture -- --nocapture bypassed_reads_are_fuses
+
+soak: setup ## run `run` under stress, and see it stay as it is: DURATION=30m
+	SOAK_SECONDS=$(DURATION) cargo test --locked --test soak -- --nocapture
 
 test-unit: ## run the tests that need no root
 	cargo test --locked --lib --bins --doc
