@@ -3,6 +3,7 @@
 mod rows;
 mod sink;
 
+use rows::on_one_line;
 pub use rows::{Row, escape, shown};
 #[cfg(feature = "ebpf")]
 pub use rows::{losses_json, losses_text};
@@ -57,12 +58,13 @@ impl Notes {
     #[cfg(feature = "ebpf")]
     pub fn libbpf_log(&self) -> Option<vmafx_bypass::tracker::Log> {
         self.verbose
-            .then_some(|_, message| report(message.trim_end()))
+            .then_some(|_, message| message.lines().for_each(report))
     }
 }
 
 /// Prints on standard error, even with `-q`: summaries and reports.
 pub fn report(message: impl std::fmt::Display) {
+    let message = on_one_line(&message.to_string());
     // With standard error closed there is nobody left to tell.
     let _ = writeln!(io::stderr(), "{message}");
 }

@@ -17,7 +17,7 @@ use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 
 use crate::cli::{Format, MountArgs, MountSnapshot, Passthrough};
 use crate::exit::{self, Coded, Exit};
-use crate::output::{self, JsonPath, Notes, SCHEMA, human_bytes, write_json};
+use crate::output::{self, JsonPath, Notes, SCHEMA, escape, human_bytes, write_json};
 use crate::signals::Signals;
 
 /// How long readers that have files open may go on after a signal.
@@ -300,7 +300,7 @@ impl Told {
             }
             Format::Text => {
                 let way = ways(mounted);
-                let (source, point) = (source.display(), point.display());
+                let (source, point) = (escape(source.as_os_str()), escape(point.as_os_str()));
                 writeln!(out, "`{source}` is mounted at `{point}`: {way}")?;
             }
         }

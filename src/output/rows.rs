@@ -56,13 +56,36 @@ pub fn escape(text: &OsStr) -> String {
         for c in chunk.valid().chars() {
             match c {
                 '\\' => out.push_str("\\\\"),
-                c if c.is_control() => out.extend(c.escape_default()),
+                c if misleads(c) => out.extend(c.escape_default()),
                 c => out.push(c),
             }
         }
         for byte in chunk.invalid() {
             // Writing to a string does not fail.
             let _ = write!(out, "\\x{byte:02x}");
+        }
+    }
+    out
+}
+
+/// Whether a character can make a line look like another: controls, and those that
+/// change the direction of text.
+fn misleads(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A message on one line, whatever names are in it: as [`escape`], but for backslashes,
+/// and so that JSON stays what it is.
+pub fn on_one_line(message: &str) -> String {
+    let mut out = String::new();
+    for c in message.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push(c),
+            // Writing to a string does not fail.
+            c if misleads(c) => drop(write!(out, "\\u{:04x}", c as u32)),
+            c => out.push(c),
         }
     }
     out
@@ -100,6 +123,9 @@ mod tests {
     #[test]
     fn rows_stay_on_one_line() {
         let name = OsStr::from_bytes(b"a b\n\x1b[31m\\ \xff\xc3\xa9");
+        assert_eq!(escape(OsStr::new("a\u{202e}b")), "a\\u{202e}b");
+        let message = on_one_line("`a\nb\x1b[31m\u{202e}é\\`: no\tsuch");
+        assert_eq!(message, "`a\\nb\\u001b[31m\\u202eé\\`: no\tsuch");
         assert_eq!(escape(name), "a b\\n\\u{1b}[31m\\\\ \\xffé");
     }
 }

@@ -106,7 +106,14 @@ pub(super) fn need_tracefs() -> Result<(), TrackerError> {
 
 fn mount_at(fstype: &CStr, folder: &str) -> nix::Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some(fstype), folder, Some(fstype), flags, None::<&CStr>)
+    // As systemd mounts them: else anyone could make folders on a BPF file system.
+    mount(
+        Some(fstype),
+        folder,
+        Some(fstype),
+        flags,
+        Some(c"mode=0700"),
+    )
 }
 
 /// Whether tracefs has the tracepoint of a system call, such as `sys_enter_openat`.
