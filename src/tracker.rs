@@ -100,8 +100,8 @@ losses! {
     DeleteFailed = "delete_failed", false;
     /// The start of an open call was not seen: its duration is unknown.
     OpenUntimed = "open_untimed", true;
-    /// A read call was not counted: it was under way when tracking began, or
-    /// there was no room for it.
+    /// A read call was not counted: it was under way when tracking began, there was
+    /// no room for it, or a program that counts reads did not run.
     ReadUncounted = "read_uncounted", true;
     /// A program did not run, because another BPF program or bpf(2) call was
     /// under way on the CPU. Counted by the kernel, for tracepoints since 6.7,
@@ -291,11 +291,15 @@ struct Shared {
     events: AtomicU64,
     /// The most that was seen: the count goes with the programs.
     recursion_misses: AtomicU64,
+    /// Likewise, of programs that count reads.
+    read_misses: AtomicU64,
+    /// The ids of these programs.
+    read_programs: OnceLock<Vec<u32>>,
     replaced_pins: AtomicBool,
     mode: OnceLock<AttachMode>,
     refused: Mutex<Vec<(AttachMode, String)>>,
     kernel: Mutex<Option<abi::Stats>>,
-    accounts: Mutex<Option<account::Maps>>,
+    accounts: Mutex<Option<account::Live>>,
     commands: Mutex<Sender<Command>>,
     wake: EventFd,
 }
@@ -334,6 +338,8 @@ impl Tracker {
             healed: AtomicU64::new(0),
             events: AtomicU64::new(0),
             recursion_misses: AtomicU64::new(0),
+            read_misses: AtomicU64::new(0),
+            read_programs: OnceLock::new(),
             replaced_pins: AtomicBool::new(false),
             mode: OnceLock::new(),
             refused: Mutex::default(),
@@ -411,7 +417,7 @@ impl Tracker {
     /// Where the maps cannot be read.
     pub fn accounts(&self) -> std::io::Result<Option<Accounts>> {
         let maps = self.shared.lock_accounts();
-        maps.as_ref().map(account::Maps::read).transpose()
+        maps.as_ref().map(|live| live.maps.read()).transpose()
     }
 
     /// What a process has read of a clip so far; `None`: nothing, or it is not
@@ -573,7 +579,7 @@ impl Shared {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_accounts(&self) -> std::sync::MutexGuard<'_, Option<account::Maps>> {
+    fn lock_accounts(&self) -> std::sync::MutexGuard<'_, Option<account::Live>> {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -615,8 +621,11 @@ impl Shared {
     }
 
     fn note_recursion_misses(&self) {
-        let misses = host::recursion_misses("self");
-        self.recursion_misses.fetch_max(misses, Ordering::Relaxed);
+        let reads = self.read_programs.get().map_or(&[][..], Vec::as_slice);
+        let misses = host::recursion_misses("self", reads);
+        self.recursion_misses
+            .fetch_max(misses.tracking, Ordering::Relaxed);
+        self.read_misses.fetch_max(misses.reads, Ordering::Relaxed);
     }
 
     /// Every loss so far, but for programs that did not run since the last look.
@@ -631,6 +640,10 @@ impl Shared {
         ] {
             losses.add(loss, counter.load(Ordering::Relaxed));
         }
+        losses.add(
+            Loss::ReadUncounted,
+            losses.get(Loss::ReadUncounted) + self.read_misses.load(Ordering::Relaxed),
+        );
         losses.healed = self.healed.load(Ordering::Relaxed);
         losses
     }

@@ -99,7 +99,14 @@ fn every_read_call_is_counted_for_its_process_and_clip() {
     );
     assert_eq!(read(account), (11, a + 64 + 11), "{account}");
     assert_eq!(account["forgotten"], 0);
-    drop(dump);
+    let output = common::program()
+        .args(["dump-map", "--format=json", "--pid", &gone_pid.to_string()])
+        .arg("--pin-dir")
+        .arg(&tracking.pin_dir)
+        .output()
+        .unwrap();
+    let own: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(read(&own["account"]), (1, 11), "of that process alone");
     reader.end();
     let summary = summary(tracking);
     assert_eq!(read(&summary["account"]), (11, a + 64 + 11));
@@ -135,6 +142,7 @@ fn what_is_saved_is_reckoned_from_what_is_cached() {
     );
     let (saved, took) = (&clip["saved_ns"], &clip["read_ns"]);
     assert!(saved.as_u64() < took.as_u64(), "{account}");
+    assert!(saved.as_u64() > Some(0), "{account}");
     assert!(account["local_bytes_per_s"].as_f64().unwrap() > 0.0);
     assert_eq!(&account["saved_ns"], saved);
 }
@@ -196,6 +204,58 @@ fn clips_beside_the_prefix_are_in_the_total_alone() {
     let clips = account["clips"].as_array().unwrap();
     assert_eq!(clips.len(), 1, "{account}");
     assert_eq!(clips[0]["path"], prefix.join("clip").to_str().unwrap());
+}
+
+#[test]
+fn what_was_read_of_a_mount_that_is_gone_stays() {
+    let mut rig = rig(|source| put(source, "clip", &content(1, 1000)));
+    let mut tracking = Tracking::start(&rig.mountpoint(), &["--account"]);
+    let read_it = "with open('clip','rb',buffering=0) as clip: clip.read(10)";
+    Worker::start(&rig.mountpoint(), read_it, &[]).end();
+    rig.unmount();
+    tracking.next_where(|line| line["event"] == "unmount");
+    rig.mount().unwrap();
+    tracking.next_where(|line| line["event"] == "mount");
+    Worker::start(&rig.mountpoint(), read_it, &[]).end();
+    let summary = summary(tracking);
+    let clips = summary["account"]["clips"].as_array().unwrap();
+    // One if the mount has got the same device number again.
+    assert!([1, 2].contains(&clips.len()), "{summary}");
+    let path = rig.mountpoint().join("clip");
+    assert!(
+        clips
+            .iter()
+            .all(|clip| clip["path"] == path.to_str().unwrap())
+    );
+    assert_eq!(clips.iter().map(|clip| read(clip).0).sum::<u64>(), 2);
+}
+
+#[test]
+fn paths_that_are_long_make_room_for_each_other() {
+    let long = ["x".repeat(200).as_str(); 10].join("/");
+    let rig = rig(|source| {
+        for number in 0..20 {
+            put(
+                source,
+                &format!("{long}/clip{number}"),
+                &content(number, 100),
+            );
+        }
+    });
+    // Room for 16 pieces of 240 bytes, where each path takes nine.
+    let tracking = Tracking::start(&rig.mountpoint(), &["--account", "--max-fds=8"]);
+    Worker::start(
+        &rig.mountpoint().join(&long),
+        "for number in range(20):\n \
+           with open(f'clip{number}','rb',buffering=0) as clip: clip.read(10)",
+        &[],
+    )
+    .end();
+    let dump = tracking.dump();
+    let each = dump["account"]["each"].as_array().unwrap();
+    let last = rig.mountpoint().join(&long).join("clip19");
+    let last = last.to_str().unwrap();
+    assert!(each.iter().any(|row| row["path"] == last), "{dump}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ static __always_inline int handle_enter_read(const struct called *call)
 	__u32 tid = (__u32)bpf_get_current_pid_tgid(), pid = tracked_table();
 	struct reading *reading, new = {};
 	struct vb_fd *entry;
+	__u32 dev, *mount;
 
 	if (!pid)
 		return 0;
@@ -40,16 +41,23 @@ static __always_inline int handle_enter_read(const struct called *call)
 	}
 	if (!reading)
 		return 0;
+	dev = entry->dev;
+	mount = bpf_map_lookup_elem(&watched, &dev);
+	/* Unmounted just now. */
+	if (!mount)
+		return 0;
 	reading->ino = entry->ino;
 	reading->size = entry->size;
-	reading->dev = entry->dev;
+	reading->dev = dev;
+	reading->mount = *mount;
 	reading->pid = pid;
+	reading->tid = tid;
 	reading->start = bpf_ktime_get_boot_ns();
 	return 0;
 }
 
 /* The account of a process and a clip, made if there is none. */
-static __always_inline struct vb_account *account_of(const struct vb_account_key *key)
+static __always_inline struct vb_account *account_of(const struct vb_account_key *key, __u32 dev)
 {
 	struct vb_account *found = bpf_map_lookup_elem(&accounts, key);
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -59,6 +67,7 @@ static __always_inline struct vb_account *account_of(const struct vb_account_key
 
 	if (found)
 		return found;
+	new.dev = dev;
 	/* The process's name: threads have their own. */
 	if (BPF_CORE_READ_STR_INTO(&new.comm, task, group_leader, comm) < 0)
 		new.comm[0] = 0;
@@ -81,7 +90,8 @@ static __always_inline int handle_exit_read(const struct called *call)
 	if (!pid)
 		return 0;
 	reading = bpf_map_lookup_elem(&readings, &tid);
-	if (!reading || !reading->start) {
+	/* Another's: its place was taken just now, as the least used one. */
+	if (!reading || !reading->start || reading->tid != tid) {
 		/* It was under way when tracking began, or no room was found for it. */
 		if (read_from(pid, call))
 			count_loss(VB_LOSS_READ_UNCOUNTED);
@@ -91,9 +101,9 @@ static __always_inline int handle_exit_read(const struct called *call)
 	bytes = call->ret > 0 ? call->ret : 0;
 	reading->start = 0;
 	key.ino = reading->ino;
-	key.dev = reading->dev;
+	key.mount = reading->mount;
 	key.pid = reading->pid;
-	account = account_of(&key);
+	account = account_of(&key, reading->dev);
 	all = bpf_map_lookup_elem(&reads, &zero);
 	if (!account || !all) {
 		count_loss(VB_LOSS_READ_UNCOUNTED);

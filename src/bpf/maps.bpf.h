@@ -27,7 +27,10 @@ struct scratch {
 	__u8 record[sizeof(struct vb_event) + 2 * VB_PATH_MAX];
 };
 
-/* Superblocks to track, by device. User space alone writes. */
+/*
+ * Superblocks to track, by device; the value numbers the mounts that are, and were,
+ * watched. User space alone writes.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 64);
@@ -128,7 +131,9 @@ struct reading {
 	__u64 ino;
 	__u64 size;
 	__u32 dev;
+	__u32 mount;
 	__u32 pid;
+	__u32 tid;
 };
 
 /* What each thread reads, by its number. Set at load: 1 where reads are not counted. */
@@ -139,7 +144,7 @@ struct {
 	__type(value, struct reading);
 } readings SEC(".maps");
 
-/* Reads by process and clip; the oldest make room for new ones. Set at load, likewise. */
+/* Reads by process and clip; old ones make room for new ones. Set at load, likewise. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -155,7 +160,7 @@ struct {
 } reads SEC(".maps");
 
 /*
- * Where clips are that were open once: as `paths`, by (pid 0, fd: device, opened_at:
+ * Where clips are that were open once: as `paths`, by (pid 0, fd: mount, opened_at:
  * inode). User space alone writes. Set at load, likewise.
  */
 struct {

@@ -24,6 +24,8 @@
 #define VB_DEPTH_MAX 2048
 /* Path bytes in one element of the `paths` map. */
 #define VB_PATH_CHUNK 240
+/* Programs that count reads, at most: two for each function of a read call. */
+#define VB_READ_PROGRAMS 24
 
 /*
  * Slots of `watched_slots`: a power of two. Anonymous devices such as FUSE's have
@@ -152,12 +154,16 @@ struct vb_meta {
 	__u32 pid;
 	__u32 busy; /* 1: reconciliation is under way */
 	__u32 account; /* 1: reads are counted */
+	__u32 read_programs[VB_READ_PROGRAMS]; /* the ids of those that do; 0: no more */
 };
 
-/* Reads by a process of a clip, whatever descriptors it has had of it. */
+/*
+ * Reads by a process of a clip, whatever descriptors it has had of it. Devices and
+ * inodes are used again by later mounts: "mount" numbers those that were watched.
+ */
 struct vb_account_key {
 	__u64 ino;
-	__u32 dev;
+	__u32 mount;
 	__u32 pid;
 };
 
@@ -166,6 +172,8 @@ struct vb_account {
 	__u64 bytes;
 	__u64 ns; /* in these calls */
 	__u64 size; /* of the clip, when the descriptor that was last read was opened */
+	__u32 dev;
+	__u32 pad;
 	char comm[VB_COMM_LEN]; /* the process's, at its first read of the clip */
 };
 
@@ -200,9 +208,9 @@ _Static_assert(sizeof(struct vb_fd) == 72, "vb_fd");
 _Static_assert(sizeof(struct vb_event) == 96, "vb_event");
 _Static_assert(sizeof(struct vb_path_key) == 24, "vb_path_key");
 _Static_assert(sizeof(struct vb_path) == 248, "vb_path");
-_Static_assert(sizeof(struct vb_meta) == 56, "vb_meta");
+_Static_assert(sizeof(struct vb_meta) == 152, "vb_meta");
 _Static_assert(sizeof(struct vb_account_key) == 16, "vb_account_key");
-_Static_assert(sizeof(struct vb_account) == 48, "vb_account");
+_Static_assert(sizeof(struct vb_account) == 56, "vb_account");
 _Static_assert(sizeof(struct vb_reads) == 32, "vb_reads");
 _Static_assert(sizeof(struct vb_stats) == 88, "vb_stats");
 _Static_assert(sizeof(struct vb_proc) == 16, "vb_proc");

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Serialize;
 use vmafx_bypass::mounts::Dev;
 use vmafx_bypass::tracker::{Accounts, ReadCost};
@@ -77,9 +78,13 @@ pub struct LocalRate {
 }
 
 impl LocalRate {
-    /// Measures it, in some 30 ms.
-    pub fn measure() -> io::Result<Self> {
-        let mut file = File::from(memfd_create(c"vmafx-local-rate", MFdFlags::MFD_CLOEXEC)?);
+    /// Measures it, in some 30 ms; `None`: there is no memory for a file to read.
+    pub fn measure() -> Option<Self> {
+        Self::try_measure().ok()
+    }
+
+    fn try_measure() -> io::Result<Self> {
+        let mut file = File::from(memory_file()?);
         let mut block = AlignedBuffer::new(LARGE);
         block.fill(1);
         for _ in 0..MEASURED / LARGE {
@@ -121,6 +126,15 @@ impl LocalRate {
     }
 }
 
+fn memory_file() -> io::Result<OwnedFd> {
+    let name = c"vmafx-local-rate";
+    let flags = MemfdFlags::CLOEXEC;
+    // Where files in memory must not be executable (vm.memfd_noexec), they must say so,
+    // which Linux before 6.3 does not know.
+    let made = memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL);
+    Ok(made.or_else(|_| memfd_create(name, flags))?)
+}
+
 /// A clip that was read, by one process or by all.
 #[derive(Debug, Serialize)]
 pub struct Clip {
@@ -137,7 +151,7 @@ pub struct Clip {
     state: &'static str,
     #[serde(flatten)]
     cost: Cost,
-    saved_ns: u64,
+    saved_ns: Option<u64>,
     /// Processes that have read it.
     #[serde(skip_serializing_if = "Option::is_none")]
     processes: Option<u64>,
@@ -153,7 +167,7 @@ pub struct Process {
     clips: u64,
     #[serde(flatten)]
     cost: Cost,
-    saved_ns: u64,
+    saved_ns: Option<u64>,
     #[serde(skip)]
     name: OsString,
 }
@@ -163,62 +177,77 @@ pub struct Process {
 pub struct Report {
     #[serde(flatten)]
     total: Cost,
-    saved_ns: u64,
+    /// Null, here and below: the rate could not be measured.
+    saved_ns: Option<u64>,
     forgotten: u64,
     #[serde(flatten)]
-    rate: LocalRate,
+    rate: Option<LocalRate>,
     clips: Vec<Clip>,
     processes: Vec<Process>,
     /// By clip and process; `dump-map` alone shows it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    each: Vec<Clip>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    each: Option<Vec<Clip>>,
 }
 
 impl Report {
-    /// Estimates each clip once, by rclone's metadata alone.
-    pub fn new(accounts: &Accounts, rate: LocalRate, estimator: &mut Estimator) -> Self {
+    /// Estimates each clip once, by rclone's metadata alone; `progress` is called for
+    /// each, since there may be many and a disk slow.
+    pub fn new(accounts: &Accounts, estimator: &mut Estimator, progress: impl FnMut()) -> Self {
+        Self::at_rate(accounts, LocalRate::measure(), estimator, progress)
+    }
+
+    fn at_rate(
+        accounts: &Accounts,
+        rate: Option<LocalRate>,
+        estimator: &mut Estimator,
+        mut progress: impl FnMut(),
+    ) -> Self {
+        let nothing = rate.map(|_| 0);
         let mut estimates = HashMap::new();
-        let mut clips: BTreeMap<(Dev, u64), Clip> = BTreeMap::new();
+        // A device number may be another mount's by now: then paths differ.
+        let mut clips: BTreeMap<(Dev, u64, Option<&Path>), Clip> = BTreeMap::new();
         let mut processes: BTreeMap<u32, Process> = BTreeMap::new();
         let mut each = Vec::new();
         for account in &accounts.each {
-            let key = (account.dev, account.ino);
+            let path = account.path.as_deref();
+            let key = (account.dev, account.ino, path);
             let (cached_bytes, reason) = *estimates.entry(key).or_insert_with(|| {
-                let path = account.path.as_deref();
+                progress();
                 let estimate = estimator.estimate(account.dev, path, account.size);
                 (estimate.cached_bytes, estimate.state)
             });
             let cost = Cost::from(account.cost);
-            let saved_ns = rate.saved(cost, share(cached_bytes, account.size, reason));
+            let share = share(cached_bytes, account.size, reason);
+            let saved_ns = rate.map(|rate| rate.saved(cost, share));
             let clip = || Clip {
                 pid: None,
                 comm: None,
-                path: JsonPath::new(account.path.as_deref()),
+                path: JsonPath::new(path),
                 dev: account.dev.to_string(),
                 ino: account.ino,
                 size: account.size,
                 cached_bytes,
                 state: estimate::word(reason),
                 cost: Cost::default(),
-                saved_ns: 0,
+                saved_ns: nothing,
                 processes: None,
                 name: account.path.clone(),
             };
             let comm = || account.comm.to_string_lossy().into_owned();
             let whole = clips.entry(key).or_insert_with(clip);
             whole.cost += cost;
-            whole.saved_ns += saved_ns;
+            whole.saved_ns = sum(whole.saved_ns, saved_ns);
             whole.processes = Some(whole.processes.unwrap_or(0) + 1);
             let process = processes.entry(account.pid).or_insert_with(|| Process {
                 pid: account.pid,
                 comm: comm(),
                 clips: 0,
                 cost: Cost::default(),
-                saved_ns: 0,
+                saved_ns: nothing,
                 name: account.comm.clone(),
             });
             process.cost += cost;
-            process.saved_ns += saved_ns;
+            process.saved_ns = sum(process.saved_ns, saved_ns);
             process.clips += 1;
             each.push(Clip {
                 pid: Some(account.pid),
@@ -234,12 +263,12 @@ impl Report {
         processes.sort_by_key(|process| std::cmp::Reverse(process.cost.read_ns));
         Self {
             total: accounts.total.into(),
-            saved_ns: each.iter().map(|clip| clip.saved_ns).sum(),
+            saved_ns: each.iter().map(|clip| clip.saved_ns).fold(nothing, sum),
             forgotten: accounts.forgotten,
             rate,
             clips,
             processes,
-            each,
+            each: Some(each),
         }
     }
 
@@ -247,18 +276,21 @@ impl Report {
     pub fn largest(mut self, count: usize) -> Self {
         self.clips.truncate(count);
         self.processes.truncate(count);
-        self.each.clear();
+        self.each = None;
         self
     }
 
     /// The same for people, a line each.
     pub fn text(&self) -> Vec<String> {
         let mut lines = vec![format!(
-            "account: {} reads of {} took {} through FUSE; the bypass would have saved about {}",
+            "account: {} reads of {} took {} through FUSE; the bypass would have saved {}",
             self.total.reads,
             human_bytes(self.total.read_bytes),
             human_time(self.total.read_ns),
-            human_time(self.saved_ns),
+            self.saved_ns.map_or_else(
+                || "some of it (not measured: no memory)".into(),
+                |ns| format!("about {}", human_time(ns))
+            ),
         )];
         if self.forgotten > 0 {
             lines.push(format!(
@@ -287,6 +319,10 @@ impl Report {
         }
         lines
     }
+}
+
+fn sum(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    Some(one? + other?)
 }
 
 /// How much of a clip the bypass would read from the cache, 0 to 1.
@@ -383,7 +419,10 @@ mod tests {
             each: vec![account(1, 7, 5), account(2, 7, 3), account(2, 8, 1)],
             forgotten: 6,
         };
-        let report = Report::new(&accounts, RATE, &mut Estimator::default());
+        let mut estimated = 0;
+        let progress = || estimated += 1;
+        let report = Report::at_rate(&accounts, Some(RATE), &mut Estimator::default(), progress);
+        assert_eq!(estimated, 2, "each clip once");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["reads"], &json["read_ns"]), (&9.into(), &900.into()));
         assert_eq!(json["clips"][0]["ino"], 7);
@@ -394,5 +433,11 @@ mod tests {
         assert_eq!(json["each"].as_array().unwrap().len(), 3);
         let text = report.largest(1).text();
         assert_eq!(text.len(), 4, "{text:?}");
+        let report = Report::at_rate(&accounts, None, &mut Estimator::default(), || ());
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(
+            (&json["saved_ns"], json.get("local_call_ns")),
+            (&serde_json::Value::Null, None)
+        );
     }
 }

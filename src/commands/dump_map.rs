@@ -34,11 +34,11 @@ mod dumping {
     use anyhow::Context;
     use serde::Serialize;
     use vmafx_bypass::mounts::Dev;
-    use vmafx_bypass::tracker::{Dump, DumpEntry, dump};
+    use vmafx_bypass::tracker::{Accounts, Dump, DumpEntry, ReadCost, dump};
 
     use super::{Coded, DumpMapArgs, Exit, Notes, Result};
     use crate::cli::TableFormat;
-    use crate::commands::account::{LocalRate, Report};
+    use crate::commands::account::Report;
     use crate::commands::estimate::{self, Estimator};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
 
@@ -48,14 +48,10 @@ mod dumping {
         if !args.pid.is_empty() {
             dump.entries.retain(|e| args.pid.contains(&e.pid));
         }
-        let account = dump.accounts.take().map(|mut accounts| {
-            if !args.pid.is_empty() {
-                accounts.each.retain(|a| args.pid.contains(&a.pid));
-            }
-            let rate = LocalRate::measure().context("measuring local reads")?;
-            Ok::<_, anyhow::Error>(Report::new(&accounts, rate, &mut Estimator::default()))
+        let account = dump.accounts.take().map(|accounts| {
+            let accounts = of_processes(accounts, &args.pid);
+            Report::new(&accounts, &mut Estimator::default(), || ())
         });
-        let account = account.transpose()?;
         let mut out = BufWriter::new(io::stdout());
         match args.format {
             TableFormat::Json => print_json(&mut out, &dump, account.as_ref()),
@@ -73,6 +69,20 @@ mod dumping {
             notes.note(format_args!("warning: {lost}"));
         }
         Ok(Exit::Done)
+    }
+
+    /// What these processes have read alone; all, if none is named.
+    fn of_processes(mut accounts: Accounts, pids: &[u32]) -> Accounts {
+        if !pids.is_empty() {
+            accounts.each.retain(|account| pids.contains(&account.pid));
+            accounts.total = ReadCost::default();
+            for account in &accounts.each {
+                accounts.total.reads += account.cost.reads;
+                accounts.total.bytes += account.cost.bytes;
+                accounts.total.ns += account.cost.ns;
+            }
+        }
+        accounts
     }
 
     /// Superblock, path and size.

@@ -66,7 +66,7 @@ mod tracking {
 
     use super::{Coded, Exit, Notes, Result, RunArgs, Signals};
     use crate::cli::{Attach, Format, Wait};
-    use crate::commands::account::{self, LocalRate};
+    use crate::commands::account;
     use crate::commands::estimate::{self, Estimator};
     use crate::commands::serve;
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
@@ -140,7 +140,11 @@ mod tracking {
         let (events, losses) = (tracker.events(), tracker.losses());
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         let tracked = entries.len();
-        let accounts = printer.accounts();
+        let accounts = match &ended {
+            Ok(()) => printer.accounts(&interrupted),
+            // Nobody reads it.
+            Err(_) => Ok(None),
+        };
         let handover = server.as_ref().map(|server| server.stats().into());
         drop(server);
         let summarised = printer.end(
@@ -400,10 +404,10 @@ mod tracking {
                 state: estimate::state(&estimate),
             };
             let closed = event.kind == EventKind::Close;
-            let read = (self.account && closed)
-                .then(|| self.tracker.read_cost(fd.pid, fd.dev, fd.ino))
-                .flatten()
-                .map(account::Cost::from);
+            let read = (self.account && closed).then(|| {
+                let cost = self.tracker.read_cost(fd.pid, fd.dev, fd.ino);
+                account::Cost::from(cost.unwrap_or_default())
+            });
             let ts = output::time(event.at);
             if self.format == Format::Json {
                 return self.json(&JsonEvent {
@@ -440,16 +444,14 @@ mod tracking {
             )
         }
 
-        /// What reads cost, for the summary; `None`: that was not asked for.
-        fn accounts(&mut self) -> Result<Option<account::Report>> {
+        /// What reads cost, for the summary; `None`: that was not asked for. It can
+        /// take long, and is not to be cut off.
+        fn accounts(&mut self, interrupted: &Interrupted) -> Result<Option<account::Report>> {
             let accounts = self.tracker.accounts().context("reading the accounts")?;
-            accounts
-                .map(|accounts| {
-                    let rate = LocalRate::measure().context("measuring local reads")?;
-                    let report = account::Report::new(&accounts, rate, &mut self.estimator);
-                    Ok(report.largest(LISTED))
-                })
-                .transpose()
+            Ok(accounts.map(|accounts| {
+                let progress = || interrupted.note_progress();
+                account::Report::new(&accounts, &mut self.estimator, progress).largest(LISTED)
+            }))
         }
 
         fn flush(&mut self) -> io::Result<()> {

@@ -67,10 +67,10 @@ const _: () = assert!(size_of::<vb_fd>() == 72);
 const _: () = assert!(size_of::<vb_event>() == 96);
 const _: () = assert!(size_of::<vb_path_key>() == 24);
 const _: () = assert!(size_of::<vb_path>() == 248);
-const _: () = assert!(size_of::<vb_meta>() == 56);
+const _: () = assert!(size_of::<vb_meta>() == 152);
 const _: () = assert!(size_of::<vb_stats>() == 88);
 const _: () = assert!(size_of::<vb_account_key>() == 16);
-const _: () = assert!(size_of::<vb_account>() == 48);
+const _: () = assert!(size_of::<vb_account>() == 56);
 const _: () = assert!(size_of::<vb_reads>() == 32);
 const _: () = assert!(size_of::<vb_stats>() == 8 * (KERNEL_LOSSES + 1));
 

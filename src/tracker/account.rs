@@ -1,6 +1,6 @@
 //! What reads through FUSE cost, by process and clip: counted by the BPF programs.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,7 @@ pub struct Accounts {
     /// Those below the prefixes, what took longest first.
     pub each: Vec<Account>,
     /// Accounts that had to make room for newer ones: they are in the total alone.
+    /// About: some may be begun while this is read.
     pub forgotten: u64,
 }
 
@@ -67,26 +68,25 @@ impl Maps {
     /// Reads all of it.
     pub(super) fn read(&self) -> io::Result<Accounts> {
         let failed = |e: libbpf_rs::Error| io::Error::other(e.to_string());
+        // Before the accounts: those that are begun meanwhile were not forgotten.
+        let begun = self.all_cpus().map_err(failed)?.accounts;
         let all = (self.accounts)
             .lookup_batch(self.accounts.max_entries(), MapFlags::ANY, MapFlags::ANY)
             .map_err(failed)?;
         let found: Vec<(vb_account_key, vb_account)> = all
             .filter_map(|(key, value)| Some((abi::value(&key)?, abi::value(&value)?)))
             .collect();
-        // After the accounts, which later ones only add to.
-        let cpus = self.reads.lookup_percpu(&[0; 4], MapFlags::ANY);
-        let mut begun = 0;
-        let mut total = ReadCost::default();
-        for cpu in cpus.map_err(failed)?.unwrap_or_default() {
-            let part: vb_reads = abi::value(&cpu).unwrap_or_default();
-            total.add(part.reads, part.bytes, part.ns);
-            begun += part.accounts;
-        }
+        let all = self.all_cpus().map_err(failed)?;
+        let total = ReadCost {
+            reads: all.reads,
+            bytes: all.bytes,
+            ns: all.ns,
+        };
         let names = pinned::read_paths(&self.clips, found.len());
         let mut each = Vec::new();
         let forgotten = begun.saturating_sub(found.len() as u64);
         for (key, value) in found {
-            let (dev, id) = (Dev(key.dev), (0, key.dev, key.ino));
+            let id = clip_id((key.mount, key.ino));
             let stored = abi::load_path(|key| names.get(key), id)
                 .or_else(|| abi::load_path(|key| self.clips.lookup(key, MapFlags::ANY).ok()?, id));
             let path = match stored {
@@ -97,7 +97,7 @@ impl Maps {
             each.push(Account {
                 pid: key.pid,
                 comm: abi::comm(&value.comm),
-                dev,
+                dev: Dev(value.dev),
                 ino: key.ino,
                 path,
                 size: value.size,
@@ -112,14 +112,33 @@ impl Maps {
         })
     }
 
+    /// The totals of every CPU together.
+    fn all_cpus(&self) -> libbpf_rs::Result<vb_reads> {
+        let mut all = vb_reads::default();
+        let cpus = self.reads.lookup_percpu(&[0; 4], MapFlags::ANY)?;
+        for cpu in cpus.unwrap_or_default() {
+            let part: vb_reads = abi::value(&cpu).unwrap_or_default();
+            all.reads += part.reads;
+            all.bytes += part.bytes;
+            all.ns += part.ns;
+            all.accounts += part.accounts;
+        }
+        Ok(all)
+    }
+}
+
+/// The maps, and which mount is the latest of a device.
+pub(super) struct Live {
+    pub(super) maps: Maps,
+    pub(super) mounts: BTreeMap<Dev, u32>,
+}
+
+impl Live {
     /// What a process has read of a clip so far.
     pub(super) fn cost(&self, pid: u32, dev: Dev, ino: u64) -> Option<ReadCost> {
-        let key = vb_account_key {
-            ino,
-            dev: dev.0,
-            pid,
-        };
-        let found = self.accounts.lookup(abi::bytes(&key), MapFlags::ANY);
+        let mount = *self.mounts.get(&dev)?;
+        let key = vb_account_key { ino, mount, pid };
+        let found = self.maps.accounts.lookup(abi::bytes(&key), MapFlags::ANY);
         let account: vb_account = abi::value(&found.ok()??)?;
         Some(ReadCost::of(&account))
     }
@@ -133,20 +152,24 @@ impl ReadCost {
             ns: account.ns,
         }
     }
+}
 
-    fn add(&mut self, reads: u64, bytes: u64, ns: u64) {
-        self.reads += reads;
-        self.bytes += bytes;
-        self.ns += ns;
-    }
+/// A clip: the mount's number and FUSE's inode.
+type Clip = (u32, u64);
+
+/// A clip's key in the map of paths, as that of an open: no process has pid 0.
+fn clip_id((mount, ino): Clip) -> (u32, u32, u64) {
+    (0, mount, ino)
 }
 
 /// Keeps where clips are, also when nobody has them open any more: bounded, the one
-/// that was opened first makes room.
+/// whose last open is the longest ago makes room.
 pub(super) struct Names {
     map: MapHandle,
-    known: BTreeMap<(u32, u64), Option<PathBuf>>,
-    order: VecDeque<(u32, u64)>,
+    known: BTreeMap<Clip, (Option<PathBuf>, u64)>,
+    /// By the number of its last open.
+    order: BTreeMap<u64, Clip>,
+    opens: u64,
     limit: usize,
 }
 
@@ -155,44 +178,50 @@ impl Names {
         Self {
             map,
             known: BTreeMap::new(),
-            order: VecDeque::new(),
+            order: BTreeMap::new(),
+            opens: 0,
             limit: limit as usize,
         }
     }
 
-    /// Notes a descriptor's clip; one that is not `within` a prefix is not to be shown.
-    pub(super) fn note(&mut self, fd: &TrackedFd, within: bool) {
-        let key = (fd.dev.0, fd.ino);
+    /// Notes an open of a clip; one that is not `within` a prefix is not to be shown.
+    /// False where there is no room for its path.
+    pub(super) fn note(&mut self, mount: u32, fd: &TrackedFd, within: bool) -> bool {
         // One whose path got lost may have been seen before.
         if within && fd.path.is_none() {
-            return;
+            return true;
         }
+        let clip = (mount, fd.ino);
         let path = fd.path.as_deref().filter(|_| within);
-        match self.known.get(&key) {
-            Some(known) if known.as_deref() == path => return,
-            Some(_) => self.forget(key),
-            None => {
-                while self.known.len() >= self.limit {
-                    let Some(oldest) = self.order.pop_front() else {
-                        break;
-                    };
-                    self.forget(oldest);
-                    self.known.remove(&oldest);
-                }
-                self.order.push_back(key);
+        self.opens += 1;
+        let mut is_stored = false;
+        if let Some((known, opened)) = self.known.remove(&clip) {
+            self.order.remove(&opened);
+            is_stored = known.as_deref() == path;
+            if !is_stored {
+                abi::delete_path(&self.map, clip_id(clip));
             }
         }
-        self.known.insert(key, path.map(Path::to_path_buf));
-        // One that finds no room is shown without its path.
-        abi::store_path(&self.map, Self::id(key), path);
+        while self.known.len() >= self.limit && self.forget_oldest() {}
+        // Long paths take more room than was reckoned with.
+        while !is_stored {
+            is_stored = abi::store_path(&self.map, clip_id(clip), path);
+            if !is_stored && !self.forget_oldest() {
+                return false;
+            }
+        }
+        let path = path.map(Path::to_path_buf);
+        self.known.insert(clip, (path, self.opens));
+        self.order.insert(self.opens, clip);
+        true
     }
 
-    fn forget(&self, key: (u32, u64)) {
-        abi::delete_path(&self.map, Self::id(key));
-    }
-
-    /// As the key of an open: no process has pid 0.
-    fn id((dev, ino): (u32, u64)) -> (u32, u32, u64) {
-        (0, dev, ino)
+    fn forget_oldest(&mut self) -> bool {
+        let Some((_, clip)) = self.order.pop_first() else {
+            return false;
+        };
+        self.known.remove(&clip);
+        abi::delete_path(&self.map, clip_id(clip));
+        true
     }
 }

@@ -84,11 +84,18 @@ fn is_read(target: &str) -> bool {
     matches!(name, "read" | "pread64" | "readv" | "preadv" | "preadv2")
 }
 
+/// Whether a program, by its ELF section, is one of those that only count reads.
+pub(super) fn counts_reads(section: &str) -> bool {
+    section
+        .split_once('/')
+        .is_some_and(|(_, target)| is_read(target))
+}
+
 /// Whether a program, by its ELF section, is to be loaded in this mode; those of
 /// reads only if they are counted.
 fn is_wanted(section: &str, mode: AttachMode, account: bool, kernel: &Kernel) -> bool {
     let (kind, target) = section.split_once('/').unwrap_or((section, ""));
-    if !account && is_read(target) {
+    if !account && counts_reads(section) {
         return false;
     }
     match (kind, target) {

@@ -4,6 +4,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -183,23 +184,47 @@ fn on_bpffs(dir: &Path) -> bool {
         .is_some_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// How often BPF programs that a process (a pid, or `self`) holds did not run
-/// because another was running: the sum over its descriptors' fdinfo
-/// (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`). Where it may not be asked, it
-/// must be taken for a miss.
-pub(super) fn recursion_misses(process: &str) -> u64 {
-    let Ok(entries) = fs::read_dir(format!("/proc/{process}/fdinfo")) else {
-        return 1;
-    };
-    // A descriptor that is closed meanwhile is no program of ours.
-    let infos = entries.flatten().flat_map(|e| fs::read_to_string(e.path()));
-    infos.map(|info| parse_recursion_misses(&info)).sum()
+/// How often programs did not run because another was running.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Misses {
+    /// Those that follow descriptors.
+    pub(super) tracking: u64,
+    /// Those that count reads.
+    pub(super) reads: u64,
 }
 
-fn parse_recursion_misses(info: &str) -> u64 {
-    info.lines()
-        .find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
-        .unwrap_or(0)
+/// The misses of the BPF programs that a process (a pid, or `self`) holds: the sums
+/// over its descriptors' fdinfo (kernel/bpf/syscall.c, `bpf_prog_show_fdinfo`). Where
+/// it may not be asked, it must be taken for a miss. `reads` are the ids of programs
+/// that count reads.
+pub(super) fn recursion_misses(process: &str, reads: &[u32]) -> Misses {
+    let mut misses = Misses::default();
+    let Ok(entries) = fs::read_dir(format!("/proc/{process}/fdinfo")) else {
+        misses.tracking = 1;
+        return misses;
+    };
+    // A descriptor that is closed meanwhile is no program of ours.
+    for info in entries.flatten().flat_map(|e| fs::read_to_string(e.path())) {
+        let count = field(&info, "recursion_misses:").unwrap_or(0);
+        let id = field(&info, "prog_id:").unwrap_or(0);
+        if reads.iter().any(|&program| u64::from(program) == id) {
+            misses.reads += count;
+        } else {
+            misses.tracking += count;
+        }
+    }
+    misses
+}
+
+/// The id of a BPF program of this process, by its descriptor.
+pub(super) fn program_id(program: BorrowedFd<'_>) -> Option<u32> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd())).ok()?;
+    u32::try_from(field(&info, "prog_id:")?).ok()
+}
+
+fn field(info: &str, name: &str) -> Option<u64> {
+    let mut lines = info.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -209,10 +234,11 @@ mod tests {
     #[test]
     fn misses_are_read_from_a_program_s_fdinfo() {
         let info = "pos:\t0\nprog_type:\t5\nprog_id:\t7\nrecursion_misses:\t12\n";
-        assert_eq!(parse_recursion_misses(info), 12);
-        assert_eq!(parse_recursion_misses("pos:\t0\nflags:\t02\n"), 0);
-        assert_eq!(recursion_misses("self"), 0);
-        assert_eq!(recursion_misses("no-such-process"), 1);
+        assert_eq!(field(info, "recursion_misses:"), Some(12));
+        assert_eq!(field(info, "prog_id:"), Some(7));
+        assert_eq!(field("pos:\t0\nflags:\t02\n", "prog_id:"), None);
+        assert_eq!(recursion_misses("self", &[]), Misses::default());
+        assert_eq!(recursion_misses("no-such-process", &[]).tracking, 1);
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Pins {
         &self,
         skeleton: &mut RcloneBypassSkel<'_>,
         published: &mut Published,
-        account: bool,
+        reads: Option<&[u32]>,
     ) -> Result<(), TrackerError> {
         let own = std::process::id();
         let identity = |meta: &mut vb_meta| {
@@ -116,7 +116,10 @@ impl Pins {
             meta.start_time = start_time(own).unwrap_or(0);
             meta.version = abi::VERSION;
             meta.pid = own;
-            meta.account = account.into();
+            meta.account = reads.is_some().into();
+            for (slot, id) in meta.read_programs.iter_mut().zip(reads.unwrap_or_default()) {
+                *slot = *id;
+            }
         };
         published
             .try_set(identity)
@@ -376,8 +379,10 @@ pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
     losses.add(super::Loss::PathsFull, meta.loss_paths);
     losses.add(super::Loss::ReconcileFailed, meta.loss_reconcile);
     if owner.alive {
-        let misses = host::recursion_misses(&owner.pid.to_string());
-        losses.add(super::Loss::RecursionMisses, misses);
+        let misses = host::recursion_misses(&owner.pid.to_string(), &meta.read_programs);
+        losses.add(super::Loss::RecursionMisses, misses.tracking);
+        let uncounted = losses.get(super::Loss::ReadUncounted) + misses.reads;
+        losses.add(super::Loss::ReadUncounted, uncounted);
     }
     losses.healed = meta.healed;
     Ok(Dump {

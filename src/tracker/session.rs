@@ -170,14 +170,16 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         Some(abi::Stats::new(handle(&maps.stats)?));
     let names = options.account.then(|| handle(&maps.clips)).transpose()?;
     if options.account {
-        *shared
-            .accounts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(account::Maps {
+        let maps = account::Maps {
             accounts: handle(&maps.accounts)?,
             reads: handle(&maps.reads)?,
             clips: handle(&maps.clips)?,
-        });
+        };
+        let live = account::Live {
+            maps,
+            mounts: BTreeMap::new(),
+        };
+        *shared.lock_accounts() = Some(live);
     }
     let mut state = State {
         shared,
@@ -186,6 +188,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         fds: handle(&maps.fds)?,
         published: Published::new(handle(&maps.meta)?),
         paths: paths.transpose()?,
+        mounts: (0, BTreeMap::new()),
         names: names.map(|map| account::Names::new(map, options.max_fds)),
         watches: Vec::new(),
         doubts: BTreeMap::new(),
@@ -219,10 +222,15 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         .attach()
         .map_err(|e| Ended::NotHere(attach_error(mode, &e)))?;
     shared.note_mode(mode);
+    let reads = options.account.then(|| read_programs(&mut skeleton));
+    if let Some(reads) = &reads {
+        // One session, as with the mode.
+        let _ = shared.read_programs.set(reads.clone());
+    }
     // Not before: what is seen to be opened is to be seen closed.
     state.watch(std::mem::take(&mut setup.watches), false)?;
     if let Some(pins) = &setup.pins {
-        pins.publish(&mut skeleton, &mut state.published, options.account)?;
+        pins.publish(&mut skeleton, &mut state.published, reads.as_deref())?;
         if pins.replaced {
             shared.replaced_pins.store(true, Ordering::Relaxed);
         }
@@ -242,6 +250,16 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
     // 6.12 a tenth of a second for each function that one of fentry is at.
     shared.end_subscriptions();
     Ok(result.and(removed)?)
+}
+
+/// The ids of the programs that count reads, and do nothing else.
+fn read_programs(skeleton: &mut abi::RcloneBypassSkel<'_>) -> Vec<u32> {
+    let programs = skeleton.object_mut().progs_mut();
+    let reads =
+        programs.filter(|program| attach::counts_reads(&program.section().to_string_lossy()));
+    reads
+        .filter_map(|program| host::program_id(program.as_fd()))
+        .collect()
 }
 
 /// Where events come from.
@@ -375,6 +393,7 @@ fn configure(
     if options.account {
         maps.accounts.set_max_entries(options.max_fds)?;
         maps.clips.set_max_entries(2 * options.max_fds)?;
+        maps.readings.set_max_entries(options.max_fds)?;
     } else {
         maps.accounts.set_max_entries(1)?;
         maps.clips.set_max_entries(1)?;

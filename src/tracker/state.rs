@@ -1,7 +1,7 @@
 //! What the tracking thread keeps: applies the kernel's reports to the table,
 //! tells subscribers, and follows the mounts that are watched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLockWriteGuard};
@@ -16,6 +16,7 @@ use super::pinned::Published;
 use super::table::{Agreed, Change, EventKind, Id, Report, Table, TrackedFd};
 use super::watch::{self, Watch};
 use super::{Shared, TrackerError, Update, failed};
+use crate::mounts::Dev;
 
 /// How long a close may come after the kernel's map has lost the entry; then
 /// it has got lost, or was reported under another open's name.
@@ -29,6 +30,8 @@ pub(super) struct State<'a> {
     pub(super) published: Published,
     /// Where pinned paths go; `None` without pins.
     pub(super) paths: Option<MapHandle>,
+    /// How many mounts were watched so far, and the latest of each device.
+    pub(super) mounts: (u32, BTreeMap<Dev, u32>),
     /// Where clips are that are read; `None`: reads are not counted.
     pub(super) names: Option<Names>,
     pub(super) watches: Vec<Watch>,
@@ -56,11 +59,13 @@ impl State<'_> {
                 self.set_slot(slot, 0)?;
             }
         }
+        self.number(&watches);
         for watch in &watches {
-            let one = 1u32.to_ne_bytes();
-            self.set_slot(abi::dev_slot(watch.mount.dev), 1)?;
+            let dev = watch.mount.dev;
+            let number = self.mounts.1.get(&dev).copied().unwrap_or(0).to_ne_bytes();
+            self.set_slot(abi::dev_slot(dev), 1)?;
             self.watched
-                .update(&watch.mount.dev.0.to_ne_bytes(), &one, MapFlags::ANY)
+                .update(&dev.0.to_ne_bytes(), &number, MapFlags::ANY)
                 .map_err(|e| failed("watching a mount", e))?;
         }
         let before = std::mem::replace(&mut self.watches, watches.clone());
@@ -80,6 +85,25 @@ impl State<'_> {
             self.shared.publish(&Update::Mounted(Box::new(new.clone())));
         }
         Ok(before != watches)
+    }
+
+    /// Numbers mounts that are new: a device may be another mount's than before.
+    fn number(&mut self, watches: &[Watch]) {
+        let ids = |list: &[Watch], dev: Dev| -> Vec<u64> {
+            let same = list.iter().filter(|watch| watch.mount.dev == dev);
+            same.map(|watch| watch.mount.id).collect()
+        };
+        let devices: BTreeSet<Dev> = watches.iter().map(|watch| watch.mount.dev).collect();
+        for dev in devices {
+            let before = ids(&self.watches, dev);
+            if !ids(watches, dev).iter().any(|id| before.contains(id)) {
+                self.mounts.0 += 1;
+                self.mounts.1.insert(dev, self.mounts.0);
+            }
+        }
+        if let Some(live) = &mut *self.shared.lock_accounts() {
+            live.mounts.clone_from(&self.mounts.1);
+        }
     }
 
     fn set_slot(&self, slot: u32, value: u32) -> Result<(), TrackerError> {
@@ -169,7 +193,11 @@ impl State<'_> {
     fn announce(&mut self, change: Change) {
         let made = change.event.kind != EventKind::Close;
         if let Some(names) = self.names.as_mut().filter(|_| made) {
-            names.note(&change.event.fd, change.within);
+            let fd = &change.event.fd;
+            let mount = self.mounts.1.get(&fd.dev).copied().unwrap_or(0);
+            if !names.note(mount, fd, change.within) {
+                self.lose_path();
+            }
         }
         self.store_path(change.id, made.then_some((change.within, &change.event.fd)));
         if change.within && !change.told {
@@ -280,8 +308,12 @@ impl State<'_> {
         let lost = std::path::Path::new("");
         let path = within.then(|| fd.path.as_deref().unwrap_or(lost));
         if !abi::store_path(paths, key, path) {
-            let lost = self.shared.paths_full.fetch_add(1, Ordering::Relaxed) + 1;
-            self.published.set(|meta| meta.loss_paths = lost);
+            self.lose_path();
         }
+    }
+
+    fn lose_path(&mut self) {
+        let lost = self.shared.paths_full.fetch_add(1, Ordering::Relaxed) + 1;
+        self.published.set(|meta| meta.loss_paths = lost);
     }
 }
