@@ -1,9 +1,10 @@
 //! What goes to standard output and standard error.
 
+mod level;
 mod rows;
 mod sink;
 
-use rows::on_one_line;
+use level::Level;
 pub use rows::{Row, escape, shown};
 #[cfg(feature = "ebpf")]
 pub use rows::{losses_json, losses_text};
@@ -40,17 +41,19 @@ impl Notes {
         self.verbose
     }
 
-    /// Something the user should know.
+    /// Something the user should know; what begins with `warning: ` is a warning in
+    /// the journal, too.
     pub fn note(&self, message: impl std::fmt::Display) {
         if !self.quiet {
-            report(message);
+            let message = message.to_string();
+            level::tell(Level::of_note(&message), &message);
         }
     }
 
     /// Something the user asked to know, by `-v`.
     pub fn detail(&self, message: impl std::fmt::Display) {
         if self.verbose {
-            report(message);
+            level::tell(Level::Debug, &message.to_string());
         }
     }
 
@@ -58,21 +61,25 @@ impl Notes {
     #[cfg(feature = "ebpf")]
     pub fn libbpf_log(&self) -> Option<vmafx_bypass::tracker::Log> {
         self.verbose
-            .then_some(|_, message| message.lines().for_each(report))
+            .then_some(|_, message| message.lines().for_each(detail))
     }
 }
 
 /// Prints on standard error, even with `-q`: summaries and reports.
 pub fn report(message: impl std::fmt::Display) {
-    let message = on_one_line(&message.to_string());
-    // With standard error closed there is nobody left to tell.
-    let _ = writeln!(io::stderr(), "{message}");
+    level::tell(Level::Notice, &message.to_string());
+}
+
+/// Prints what was asked for by `-v`, where no [`Notes`] are at hand.
+#[cfg(feature = "ebpf")]
+pub fn detail(message: impl std::fmt::Display) {
+    level::tell(Level::Debug, &message.to_string());
 }
 
 /// Prints the error that ends the program, on one line.
 pub fn error(error: &anyhow::Error) {
     let text = format!("{error:#}").replace('\n', "; ");
-    report(format_args!("vmafx-bypass: {text}"));
+    level::tell(Level::Error, &format!("vmafx-bypass: {text}"));
 }
 
 /// Writes one JSON document and a newline.
