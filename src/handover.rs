@@ -8,6 +8,7 @@
 //! the server. docs/HANDOVER.md has the messages and their rules.
 
 mod client;
+mod given;
 mod listener;
 pub mod protocol;
 mod server;
@@ -18,6 +19,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 pub(crate) use client::{Connection, socket_from_env};
 pub use client::{VARIABLE, WholeFd, whole};
+pub use given::Given;
 pub use listener::Owner;
 pub use server::{Log, Server, ServerError, ServerOptions};
 pub use stats::HandoverStats;

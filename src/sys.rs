@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::time::{ClockId, clock_gettime};
@@ -295,6 +295,20 @@ pub(crate) fn peer(socket: impl AsFd) -> io::Result<Peer> {
         uid: found.uid,
         gid: found.gid,
     })
+}
+
+/// A descriptor of our own for what one that was inherited is of.
+///
+/// # Errors
+/// EBADF where that number is not open.
+pub(crate) fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
+    if number < 0 {
+        return Err(io::Error::from_raw_os_error(nix::libc::EBADF));
+    }
+    // SAFETY: it is not negative, and borrowed for one fcntl(2), which fails where it
+    // is not open.
+    let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+    inherited.try_clone_to_owned()
 }
 
 /// Whether anyone has a file open for writing. Its owner may ask, or whoever

@@ -15,6 +15,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
+use super::given::Given;
 use super::server::ServerError;
 use crate::sys;
 
@@ -65,11 +66,17 @@ fn id(name: &str, find: impl Fn(&str) -> nix::Result<Option<u32>>) -> Result<Opt
     }
 }
 
-/// A listening socket; its file goes when it is dropped.
+/// A listening socket.
 pub(super) struct Listener {
     pub(super) socket: OwnedFd,
+    /// Its file, if we have made it: to go with it.
+    _file: Option<SocketFile>,
+}
+
+/// A socket file; goes when it is dropped.
+struct SocketFile {
     path: PathBuf,
-    /// The file's device and inode.
+    /// Its device and inode.
     identity: (u64, u64),
 }
 
@@ -92,18 +99,28 @@ impl Listener {
         fchmod(&socket, Mode::from_raw_mode(0o600)).map_err(|e| failed(e.into()))?;
         bind(&socket, &address).map_err(|e| failed(e.into()))?;
         let found = fs::symlink_metadata(path).map_err(failed)?;
-        let listener = Self {
-            socket,
+        let file = SocketFile {
             path: path.to_path_buf(),
             identity: (found.dev(), found.ino()),
         };
         give(path, mode, owner).map_err(failed)?;
-        listen(&listener.socket, BACKLOG).map_err(|e| failed(e.into()))?;
-        Ok(listener)
+        listen(&socket, BACKLOG).map_err(|e| failed(e.into()))?;
+        Ok(Self {
+            socket,
+            _file: Some(file),
+        })
+    }
+
+    /// One that was made by another, whose file, mode and owner are not ours to change.
+    pub(super) fn given(given: Given) -> Self {
+        Self {
+            socket: given.into_socket(),
+            _file: None,
+        }
     }
 }
 
-impl Drop for Listener {
+impl Drop for SocketFile {
     fn drop(&mut self) {
         // Unless another's has come in its place.
         let own = fs::symlink_metadata(&self.path)

@@ -22,6 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use rustix::net::{SocketFlags, accept_with};
 
+use super::given::Given;
 use super::listener::{Listener, Owner};
 use super::protocol::Answer;
 use super::stats::{Counters, HandoverStats, count};
@@ -109,12 +110,15 @@ pub enum ServerError {
         /// The socket.
         path: PathBuf,
     },
+    /// What the service manager has given is no socket to serve at.
+    #[error("the service manager's socket: {0}")]
+    Unfit(String),
     /// A system call failed.
     #[error("{0}")]
     Failed(String),
 }
 
-/// A running server; dropped, it ends, and its socket file goes.
+/// A running server; dropped, it ends, and a socket file that it has made goes.
 pub struct Server {
     shared: Arc<Shared>,
     listener: Option<Listener>,
@@ -164,8 +168,29 @@ impl Server {
     /// # Errors
     /// [`ServerError`].
     pub fn start(options: ServerOptions, source: Arc<dyn Source>) -> Result<Self, ServerError> {
-        let failed = |e: io::Error| ServerError::Failed(format!("handover server: {e}"));
         let listener = Listener::new(&options.path, options.mode, options.owner)?;
+        Self::start_at(listener, options, source)
+    }
+
+    /// Serves at a socket that another has made; the path, mode and owner of the
+    /// options are not looked at.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn start_given(
+        given: Given,
+        options: ServerOptions,
+        source: Arc<dyn Source>,
+    ) -> Result<Self, ServerError> {
+        Self::start_at(Listener::given(given), options, source)
+    }
+
+    fn start_at(
+        listener: Listener,
+        options: ServerOptions,
+        source: Arc<dyn Source>,
+    ) -> Result<Self, ServerError> {
+        let failed = |e: io::Error| ServerError::Failed(format!("handover server: {e}"));
         let (ended, end) = io::pipe().map_err(failed)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed(e.into()))?;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, END);
