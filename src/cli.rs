@@ -67,7 +67,7 @@ pub enum Command {
     Warm(WarmArgs),
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RunArgs {
     /// A folder on an rclone mount; may be given more than once.
     #[arg(long, required = true, value_delimiter = ',', value_name = "DIR")]
@@ -107,14 +107,18 @@ pub struct RunArgs {
     /// How to print events.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
+    /// Print no row for each event: notes, mounts and the summary alone.
+    #[arg(long)]
+    pub no_events: bool,
     /// Hand proven cache files over, at this Unix socket, to those who hold a
-    /// clip below a prefix open and may not open the cache.
+    /// clip below a prefix open and may not open the cache. A socket that systemd
+    /// gives is served without this option, too.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Who may ask: the socket file's mode, octal.
-    #[arg(long, default_value = "0660", value_name = "MODE", value_parser = parse_mode,
-          requires = "socket")]
-    pub socket_mode: u32,
+    /// 0660 by default.
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket")]
+    pub socket_mode: Option<u32>,
     /// Whose the socket file is: user:group, user, or :group.
     #[arg(long, value_name = "OWNER", requires = "socket")]
     pub socket_owner: Option<Owner>,

@@ -11,6 +11,8 @@ pub mod exec;
 pub mod explain;
 #[cfg(feature = "mount")]
 pub mod mount;
+#[cfg(feature = "ebpf")]
+mod notify;
 pub mod read;
 pub mod run;
 #[cfg(feature = "ebpf")]

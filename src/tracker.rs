@@ -12,6 +12,7 @@ mod clock;
 mod doctor;
 mod host;
 mod pinned;
+mod pulse;
 mod reconcile;
 mod session;
 mod state;
@@ -33,6 +34,7 @@ pub use account::{Account, Accounts, ReadCost};
 pub use attach::AttachMode;
 pub use doctor::{Check, checks};
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
+pub use pulse::Pulse;
 pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};
 
@@ -398,10 +400,7 @@ impl Tracker {
     /// # Errors
     /// Where tracking has ended.
     pub fn flush(&self) -> Result<(), TrackerError> {
-        let (done, wait) = mpsc::channel();
-        self.shared.send(Command::Flush(done));
-        wait.recv()
-            .map_err(|_| TrackerError::Failed("the tracker has ended".into()))
+        self.shared.flush()
     }
 
     /// What got lost so far.
@@ -462,11 +461,13 @@ impl Tracker {
     /// The mounts that are watched at the moment.
     #[must_use]
     pub fn watches(&self) -> Vec<Watch> {
-        self.shared
-            .watches
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.shared.watches()
+    }
+
+    /// A handle that tells another thread whether this one still works.
+    #[must_use]
+    pub fn pulse(&self) -> Pulse {
+        Pulse(Arc::clone(&self.shared))
     }
 
     /// A handle that ends the tracking from another thread.
@@ -573,6 +574,18 @@ impl Shared {
         if commands.send(command).is_ok() {
             let _ = self.wake.write(1);
         }
+    }
+
+    fn flush(&self) -> Result<(), TrackerError> {
+        let (done, wait) = mpsc::channel();
+        self.send(Command::Flush(done));
+        wait.recv()
+            .map_err(|_| TrackerError::Failed("the tracker has ended".into()))
+    }
+
+    fn watches(&self) -> Vec<Watch> {
+        let watches = self.watches.read();
+        watches.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {

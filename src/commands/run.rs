@@ -68,6 +68,7 @@ mod tracking {
     use crate::cli::{Attach, Format, Wait};
     use crate::commands::account;
     use crate::commands::estimate::{self, Estimator};
+    use crate::commands::notify::Service;
     use crate::commands::serve;
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
     use crate::signals::Interrupted;
@@ -76,6 +77,9 @@ mod tracking {
     const LISTED: usize = 10;
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+        let service = Service::from_env(notes);
+        let (args, given) = serve::given(args)?;
+        let args = &args;
         // Signals first: a prefix on a mount that hangs would hang the start.
         let stopper: Arc<Mutex<Option<Stopper>>> = Arc::default();
         let interrupted = signals.watch({
@@ -119,7 +123,8 @@ mod tracking {
                 "warning: in a pid namespace of its own: processes outside of it are not shown",
             );
         }
-        let server = serve::start(args, notes)?;
+        let server = serve::start(args, notes, given)?;
+        let telling = service.ready(tracker.pulse());
         let mut printer = Printer::new(args, notes, &tracker);
         let ended = printer
             .begin(&tracker.watches())
@@ -135,6 +140,7 @@ mod tracking {
                 let duration = args.duration.map(|d| *d);
                 follow(&updates, duration, &end, &interrupted, &mut printer)
             });
+        telling.stopping();
         // Before `stop`, where the kernel may take seconds to detach.
         let entries = tracker.entries();
         let (events, losses) = (tracker.events(), tracker.losses());
@@ -286,6 +292,8 @@ mod tracking {
         tracker: &'a Tracker,
         /// Whether reads are counted.
         account: bool,
+        /// Whether events have rows.
+        events: bool,
         estimator: Estimator,
     }
 
@@ -297,6 +305,7 @@ mod tracking {
                 mode: tracker.attach_mode(),
                 tracker,
                 account: args.account,
+                events: !args.no_events && (args.format == Format::Json || !notes.is_quiet()),
                 out: BufWriter::new(io::stdout()),
                 estimator: Estimator::new(args.cache_dir.clone()),
             }
@@ -318,7 +327,7 @@ mod tracking {
             for watch in watches {
                 self.mount("attach", watch)?;
             }
-            if self.format == Format::Text && !self.notes.is_quiet() {
+            if self.format == Format::Text && self.events {
                 writeln!(
                     self.out,
                     "{:<12} {:<7} {:>7} {:>4} {:<15} {:>10} {:>6} {:<14} {:>9} {}PATH",
@@ -384,7 +393,7 @@ mod tracking {
         }
 
         fn event(&mut self, event: &Event) -> io::Result<()> {
-            if self.notes.is_quiet() && self.format == Format::Text {
+            if !self.events {
                 return Ok(());
             }
             let fd = &event.fd;

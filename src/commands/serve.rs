@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
-use vmafx_bypass::handover::{HandoverStats, Server, ServerError, ServerOptions};
+use vmafx_bypass::handover::{Given, HandoverStats, Server, ServerError, ServerOptions};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions, Snapshots};
 use vmafx_bypass::{Clips, Reason};
 
@@ -19,8 +19,38 @@ use crate::output::{self, Notes};
 /// Descriptors for as many clients as a server takes, and the tracker's own.
 const DESCRIPTORS: u64 = 16_384;
 
-/// Starts the server, if a socket is named.
-pub fn start(args: &RunArgs, notes: &Notes) -> Result<Option<Server>> {
+/// The socket that systemd gives, if it does, and the arguments with it.
+pub fn given(args: &RunArgs) -> Result<(RunArgs, Option<Given>)> {
+    let mut args = args.clone();
+    let given = Given::from_env().map_err(coded)?;
+    if let Some(given) = &given {
+        let path = args.socket.get_or_insert_with(|| given.path().into());
+        if !given.is_at(path) {
+            let (path, other) = (shown(path), shown(given.path()));
+            let message =
+                format!("--socket `{path}`, and systemd gives `{other}`: name that one or none");
+            return Err(Coded::error(Exit::Environment, message));
+        }
+        if args.socket_mode.is_some() || args.socket_owner.is_some() {
+            let message = "--socket-mode and --socket-owner: the socket is systemd's: write \
+                           SocketMode=, SocketUser= and SocketGroup= in its unit";
+            return Err(Coded::error(Exit::Usage, message));
+        }
+    }
+    Ok((args, given))
+}
+
+fn coded(error: ServerError) -> anyhow::Error {
+    match error {
+        ServerError::InUse { .. } | ServerError::Unfit(_) => {
+            Coded::error(Exit::Environment, error.to_string())
+        }
+        error => error.into(),
+    }
+}
+
+/// Starts the server, if a socket is named or given.
+pub fn start(args: &RunArgs, notes: &Notes, given: Option<Given>) -> Result<Option<Server>> {
     let Some(socket) = &args.socket else {
         return Ok(None);
     };
@@ -38,18 +68,20 @@ pub fn start(args: &RunArgs, notes: &Notes) -> Result<Option<Server>> {
         copy_budget: args.copy_budget.0,
     });
     let clips = Clips::new(prefixes.collect::<Result<_, _>>()?, Arc::new(snapshots));
-    let options = ServerOptions {
-        mode: args.socket_mode,
+    let mut options = ServerOptions {
         owner: args.socket_owner.unwrap_or_default(),
         log: notes
             .is_verbose()
-            .then(|| Box::new(|line: &str| output::report(line)) as _),
+            .then(|| Box::new(|line: &str| output::detail(line)) as _),
         ..ServerOptions::new(socket)
     };
-    let server = Server::start(options, Arc::new(clips)).map_err(|error| match error {
-        ServerError::InUse { .. } => Coded::error(Exit::Environment, error.to_string()),
-        error => error.into(),
-    })?;
+    options.mode = args.socket_mode.unwrap_or(options.mode);
+    let clips = Arc::new(clips);
+    let server = match given {
+        Some(given) => Server::start_given(given, options, clips),
+        None => Server::start(options, clips),
+    };
+    let server = server.map_err(coded)?;
     notes.note(format_args!(
         "handing cache files over at `{}`",
         shown(socket)

@@ -186,6 +186,10 @@ impl Table {
             .collect()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.0.values().filter(|e| e.within).count()
+    }
+
     /// Applies a report; returns what changed, in order. One that comes late, or
     /// again, changes nothing that is newer.
     pub fn apply(&mut self, report: Report) -> Vec<Change> {
