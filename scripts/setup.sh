@@ -9,6 +9,7 @@
 #   openssh-client openssh-sftp-server                          the tests
 #   g++ binutils valgrind golang-go                             the tests of the library for C
 #   chromium                                                    the tests of bench's page
+#   systemd                                                     the tests of its units
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #
 # The tests also run against a newer rclone than Debian's, from the Python
@@ -24,6 +25,7 @@ packages=(
     openssh-client openssh-sftp-server
     g++ binutils valgrind golang-go
     chromium
+    systemd
     qemu-system-x86 busybox-static cpio
 )
 rclone_new=1.75.2

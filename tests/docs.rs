@@ -120,6 +120,7 @@ fn links_of_the_troubleshooting_page_lead_somewhere() {
         ("REFERENCE.md", REFERENCE),
         ("HANDOVER.md", include_str!("../docs/HANDOVER.md")),
         ("BENCHMARKING.md", include_str!("../docs/BENCHMARKING.md")),
+        ("SYSTEMD.md", include_str!("../docs/SYSTEMD.md")),
     ];
     let mut links = 0;
     for link in TROUBLESHOOTING.split("](").skip(1) {

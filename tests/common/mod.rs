@@ -161,6 +161,11 @@ pub struct Tracking {
 impl Tracking {
     /// Starts it on a prefix and waits until it is attached.
     pub fn start(prefix: &Path, args: &[&str]) -> Self {
+        Self::start_by(prefix, args, |command| command)
+    }
+
+    /// As [`start`](Self::start), with a change of the command, or by another.
+    pub fn start_by(prefix: &Path, args: &[&str], change: impl FnOnce(Command) -> Command) -> Self {
         need_root();
         let alone = TRACKING
             .lock()
@@ -177,7 +182,7 @@ impl Tracking {
         if let Some(mode) = std::env::var_os("TEST_ATTACH") {
             command.arg("--attach").arg(mode);
         }
-        let mut child = command
+        let mut child = change(command)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
