@@ -3,6 +3,8 @@
 #[cfg(feature = "ebpf")]
 mod account;
 pub mod bench;
+#[cfg(feature = "ebpf")]
+mod confine;
 pub mod doctor;
 pub mod dump_map;
 #[cfg(feature = "ebpf")]

@@ -17,11 +17,11 @@ mod wire;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-pub(crate) use client::{Connection, socket_from_env};
-pub use client::{VARIABLE, WholeFd, whole};
+pub(crate) use client::Connection;
+pub use client::{VARIABLE, WholeFd, answers, socket_from_env, whole};
 pub use given::Given;
 pub use listener::Owner;
-pub use server::{Log, Server, ServerError, ServerOptions};
+pub use server::{Bound, Log, Server, ServerError, ServerOptions};
 pub use stats::HandoverStats;
 
 use crate::cache::proof::Timestamp;

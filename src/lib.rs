@@ -29,6 +29,7 @@ pub mod exec;
 pub mod handover;
 pub mod mounts;
 pub mod optin;
+pub mod privileges;
 pub mod reader;
 pub mod reason;
 #[cfg(feature = "mount")]

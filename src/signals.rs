@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
+use vmafx_bypass::privileges::{self, Capabilities};
+
 use crate::exit::Exit;
 
 /// How long a command that has nothing to show for it may take to clean up before
@@ -19,6 +21,7 @@ const SAME: Duration = Duration::from_millis(200);
 pub struct Signals {
     set: SigSet,
     before: SigSet,
+    powerless: bool,
 }
 
 impl Signals {
@@ -28,7 +31,11 @@ impl Signals {
         // Only an invalid set makes it fail.
         let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK);
         let before = before.unwrap_or(SigSet::empty());
-        Self { set, before }
+        Self {
+            set,
+            before,
+            powerless: false,
+        }
     }
 
     /// Blocks and takes some more; before any thread is started.
@@ -37,6 +44,14 @@ impl Signals {
         self.set.extend(signals);
         // As in `block`.
         let _ = self.set.thread_block();
+    }
+
+    /// Whoever takes them gives up every capability: what it does at a signal
+    /// needs none.
+    #[cfg(feature = "ebpf")]
+    pub fn powerless(mut self) -> Self {
+        self.powerless = true;
+        self
     }
 
     /// What was blocked before: the mask that this program was started with.
@@ -49,10 +64,14 @@ impl Signals {
     pub fn watch(self, on_signal: impl FnOnce() + Send + 'static) -> Interrupted {
         let interrupted = Interrupted::default();
         let flag = interrupted.clone();
-        let set = self.set;
+        let (set, powerless) = (self.set, self.powerless);
         let spawned = std::thread::Builder::new()
             .name("vmafx-signals".into())
             .spawn(move || {
+                if powerless {
+                    // Nothing that it does depends on it.
+                    let _ = privileges::keep(Capabilities::NONE);
+                }
                 let Ok(signal) = set.wait() else { return };
                 let first = Instant::now();
                 flag.0.signal.store(signal as u8, Ordering::SeqCst);

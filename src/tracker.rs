@@ -38,6 +38,7 @@ pub use pulse::Pulse;
 pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};
 
+use crate::privileges::Capabilities;
 use table::Table;
 
 use crate::mounts::Dev;
@@ -221,6 +222,9 @@ pub struct TrackerOptions {
     pub ring_bytes: u32,
     /// Count reads through tracked descriptors, and the time they take.
     pub account: bool,
+    /// Once attached, the tracking thread gives up every capability but these, and
+    /// those that it goes on to need; `None`: it keeps all.
+    pub keep: Option<Capabilities>,
 }
 
 impl TrackerOptions {
@@ -244,6 +248,7 @@ impl Default for TrackerOptions {
             max_fds: 65_536,
             ring_bytes: 4 << 20,
             account: false,
+            keep: None,
         }
     }
 }

@@ -69,7 +69,7 @@ mod tracking {
     use crate::commands::account;
     use crate::commands::estimate::{self, Estimator};
     use crate::commands::notify::Service;
-    use crate::commands::serve;
+    use crate::commands::{confine, serve};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
     use crate::signals::Interrupted;
 
@@ -77,12 +77,14 @@ mod tracking {
     const LISTED: usize = 10;
 
     pub fn run(args: &RunArgs, notes: &Notes, signals: Signals) -> Result<Exit> {
+        // Nothing that it does starts a program.
+        rustix::thread::set_no_new_privs(true).context("no_new_privs")?;
         let service = Service::from_env(notes);
         let (args, given) = serve::given(args)?;
         let args = &args;
         // Signals first: a prefix on a mount that hangs would hang the start.
         let stopper: Arc<Mutex<Option<Stopper>>> = Arc::default();
-        let interrupted = signals.watch({
+        let interrupted = signals.powerless().watch({
             let stopper = Arc::clone(&stopper);
             move || {
                 let stopper = stopper.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,6 +102,7 @@ mod tracking {
             max_fds: args.max_fds,
             ring_bytes: args.ring_size.0 as u32,
             account: args.account,
+            keep: Some(confine::lasting()),
         })
         .map_err(coded)?;
         *stopper.lock().unwrap_or_else(PoisonError::into_inner) = Some(tracker.stopper());
@@ -123,7 +126,10 @@ mod tracking {
                 "warning: in a pid namespace of its own: processes outside of it are not shown",
             );
         }
-        let server = serve::start(args, notes, given)?;
+        let bound = serve::bind(args, notes, given)?;
+        confine::before_serving(args, notes);
+        let server = serve::start(args, notes, bound)?;
+        confine::after_serving(args, notes);
         let telling = service.ready(tracker.pulse());
         let mut printer = Printer::new(args, notes, &tracker);
         let ended = printer

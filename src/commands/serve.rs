@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
-use vmafx_bypass::handover::{Given, HandoverStats, Server, ServerError, ServerOptions};
+use vmafx_bypass::handover::{Bound, Given, HandoverStats, Server, ServerError, ServerOptions};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions, Snapshots};
 use vmafx_bypass::{Clips, Reason};
 
@@ -49,9 +49,29 @@ fn coded(error: ServerError) -> anyhow::Error {
     }
 }
 
-/// Starts the server, if a socket is named or given.
-pub fn start(args: &RunArgs, notes: &Notes, given: Option<Given>) -> Result<Option<Server>> {
+/// Makes the socket, if one is named, or takes the one that is given.
+pub fn bind(args: &RunArgs, notes: &Notes, given: Option<Given>) -> Result<Option<Bound>> {
     let Some(socket) = &args.socket else {
+        return Ok(None);
+    };
+    let mut options = ServerOptions {
+        owner: args.socket_owner.unwrap_or_default(),
+        log: notes
+            .is_verbose()
+            .then(|| Box::new(|line: &str| output::detail(line)) as _),
+        ..ServerOptions::new(socket)
+    };
+    options.mode = args.socket_mode.unwrap_or(options.mode);
+    let bound = match given {
+        Some(given) => Server::bind_given(given, options),
+        None => Server::bind(options).map_err(coded)?,
+    };
+    Ok(Some(bound))
+}
+
+/// Serves on it.
+pub fn start(args: &RunArgs, notes: &Notes, bound: Option<Bound>) -> Result<Option<Server>> {
+    let (Some(bound), Some(socket)) = (bound, &args.socket) else {
         return Ok(None);
     };
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -68,20 +88,7 @@ pub fn start(args: &RunArgs, notes: &Notes, given: Option<Given>) -> Result<Opti
         copy_budget: args.copy_budget.0,
     });
     let clips = Clips::new(prefixes.collect::<Result<_, _>>()?, Arc::new(snapshots));
-    let mut options = ServerOptions {
-        owner: args.socket_owner.unwrap_or_default(),
-        log: notes
-            .is_verbose()
-            .then(|| Box::new(|line: &str| output::detail(line)) as _),
-        ..ServerOptions::new(socket)
-    };
-    options.mode = args.socket_mode.unwrap_or(options.mode);
-    let clips = Arc::new(clips);
-    let server = match given {
-        Some(given) => Server::start_given(given, options, clips),
-        None => Server::start(options, clips),
-    };
-    let server = server.map_err(coded)?;
+    let server = bound.serve(Arc::new(clips))?;
     notes.note(format_args!(
         "handing cache files over at `{}`",
         shown(socket)

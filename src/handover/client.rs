@@ -25,7 +25,8 @@ use crate::sys;
 pub const VARIABLE: &str = "VMAFX_BYPASS_SOCKET";
 
 /// The socket that the environment names, if it does.
-pub(crate) fn socket_from_env() -> Option<PathBuf> {
+#[must_use]
+pub fn socket_from_env() -> Option<PathBuf> {
     let path = env::var_os(VARIABLE).filter(|path| !path.is_empty());
     path.map(PathBuf::from)
 }
@@ -206,11 +207,7 @@ impl Connection {
 
     /// Whether it is a clip that takes its time, and not the server.
     fn is_alive(&self, patience: u32) -> bool {
-        patience > 1
-            && Self::open(&self.path).is_ok_and(|mut other| {
-                let asked = other.ask(Request::Check { token: 0 }, None, 1);
-                matches!(asked, Err(refusal) if refusal.reason != Reason::Handover)
-            })
+        patience > 1 && answers(&self.path).is_ok()
     }
 
     /// An answer of another kind than was asked for.
@@ -278,6 +275,19 @@ impl Connection {
         let token = self.token;
         let request = Request::Differs { token, offset };
         self.ask(request, Some(clip), PROOF).map(drop)
+    }
+}
+
+/// Asks a server about a proof that it has not given: whether one is there that may
+/// be believed, and answers.
+///
+/// # Errors
+/// Why not.
+pub fn answers(socket: &Path) -> Result<(), Refusal> {
+    match Connection::open(socket)?.ask(Request::Check { token: 0 }, None, 1) {
+        Err(refusal) if refusal.reason == Reason::Handover => Err(refusal),
+        // That there is no such proof.
+        _ => Ok(()),
     }
 }
 

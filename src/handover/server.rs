@@ -162,34 +162,20 @@ enum Next {
 /// A proof that was handed over, and its token.
 type Held = (u64, Box<dyn Lease>);
 
-impl Server {
-    /// Makes the socket, and serves.
+/// A socket that nobody answers yet: who is to serve with fewer rights than it
+/// takes to make it gives them up now.
+pub struct Bound {
+    options: ServerOptions,
+    listener: Listener,
+}
+
+impl Bound {
+    /// Serves.
     ///
     /// # Errors
     /// [`ServerError`].
-    pub fn start(options: ServerOptions, source: Arc<dyn Source>) -> Result<Self, ServerError> {
-        let listener = Listener::new(&options.path, options.mode, options.owner)?;
-        Self::start_at(listener, options, source)
-    }
-
-    /// Serves at a socket that another has made; the path, mode and owner of the
-    /// options are not looked at.
-    ///
-    /// # Errors
-    /// [`ServerError`].
-    pub fn start_given(
-        given: Given,
-        options: ServerOptions,
-        source: Arc<dyn Source>,
-    ) -> Result<Self, ServerError> {
-        Self::start_at(Listener::given(given), options, source)
-    }
-
-    fn start_at(
-        listener: Listener,
-        options: ServerOptions,
-        source: Arc<dyn Source>,
-    ) -> Result<Self, ServerError> {
+    pub fn serve(self, source: Arc<dyn Source>) -> Result<Server, ServerError> {
+        let Self { options, listener } = self;
         let failed = |e: io::Error| ServerError::Failed(format!("handover server: {e}"));
         let (ended, end) = io::pipe().map_err(failed)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed(e.into()))?;
@@ -208,7 +194,7 @@ impl Server {
             ended,
         });
         let socket = listener.socket.try_clone().map_err(failed)?;
-        let mut server = Self {
+        let mut server = Server {
             shared,
             listener: Some(listener),
             end: Some(end),
@@ -219,6 +205,33 @@ impl Server {
             server.spawn("answer", Shared::answer_all)?;
         }
         Ok(server)
+    }
+}
+
+impl Server {
+    /// Makes the socket, and serves.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn start(options: ServerOptions, source: Arc<dyn Source>) -> Result<Self, ServerError> {
+        Self::bind(options)?.serve(source)
+    }
+
+    /// Makes the socket alone.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn bind(options: ServerOptions) -> Result<Bound, ServerError> {
+        let listener = Listener::new(&options.path, options.mode, options.owner)?;
+        Ok(Bound { options, listener })
+    }
+
+    /// Takes a socket that another has made; the path, mode and owner of the options
+    /// are not looked at.
+    #[must_use]
+    pub fn bind_given(given: Given, options: ServerOptions) -> Bound {
+        let listener = Listener::given(given);
+        Bound { options, listener }
     }
 
     fn spawn(

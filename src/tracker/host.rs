@@ -12,6 +12,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 
 use super::TrackerError;
+use crate::privileges::Capabilities;
 
 pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 const TRACEFS: &str = "/sys/kernel/tracing";
@@ -23,11 +24,6 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 /// The oldest kernel: bpf_task_pt_regs() came with it.
 const FLOOR: (u32, u32) = (5, 15);
-
-/// linux/capability.h.
-const CAP_SYS_ADMIN: u32 = 21;
-const CAP_PERFMON: u32 = 38;
-const CAP_BPF: u32 = 39;
 
 fn missing<T>(message: impl Into<String>) -> Result<T, TrackerError> {
     Err(TrackerError::Environment(message.into()))
@@ -41,8 +37,7 @@ pub(super) fn check() -> Result<(), TrackerError> {
 
 /// Whether this process may load BPF programs.
 pub(super) fn check_rights() -> Result<(), TrackerError> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if may_trace(effective_capabilities(&status)) {
+    if Capabilities::effective().may_trace() {
         return Ok(());
     }
     missing("not permitted to load BPF programs: run as root, or with CAP_BPF and CAP_PERFMON")
@@ -70,28 +65,31 @@ pub(super) fn kernel() -> Result<String, TrackerError> {
     missing(format!("linux {release}: 5.15 or newer is needed"))
 }
 
-fn effective_capabilities(status: &str) -> u64 {
-    status
-        .lines()
-        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
-        .unwrap_or(0)
-}
-
-fn may_trace(capabilities: u64) -> bool {
-    let has = |capability: u32| capabilities & (1 << capability) != 0;
-    has(CAP_SYS_ADMIN) || (has(CAP_BPF) && has(CAP_PERFMON))
+/// Whether tracefs is there, with the system calls' tracepoints; an error where it
+/// may not be entered.
+pub(super) fn has_tracefs() -> Result<bool, TrackerError> {
+    let mut closed = None;
+    for folder in [TRACEFS, TRACEFS_IN_DEBUGFS] {
+        match fs::read_dir(Path::new(folder).join("events/syscalls")) {
+            Ok(_) => return Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => closed = Some(folder),
+            Err(_) => {}
+        }
+    }
+    closed.map_or(Ok(false), |folder| {
+        missing(format!(
+            "`{folder}` may not be read: add CAP_DAC_READ_SEARCH, or start with --attach raw"
+        ))
+    })
 }
 
 /// Sees to it that tracefs is there, mounted if need be.
 pub(super) fn need_tracefs() -> Result<(), TrackerError> {
-    let has_events = |folder: &str| Path::new(folder).join("events/syscalls").is_dir();
-    for folder in [TRACEFS, TRACEFS_IN_DEBUGFS] {
-        if has_events(folder) {
-            return Ok(());
-        }
+    if has_tracefs()? {
+        return Ok(());
     }
     let mounted = mount_at(c"tracefs", TRACEFS);
-    if has_events(TRACEFS) {
+    if has_tracefs()? {
         return Ok(());
     }
     match mounted {
@@ -177,7 +175,7 @@ pub(super) fn pin_folder(dir: &Path) -> Result<PathBuf, TrackerError> {
 }
 
 /// Whether the nearest folder above a path that exists is on a BPF file system.
-fn on_bpffs(dir: &Path) -> bool {
+pub(super) fn on_bpffs(dir: &Path) -> bool {
     dir.ancestors()
         .find(|folder| folder.exists())
         .and_then(|folder| statfs(folder).ok())
@@ -239,15 +237,5 @@ mod tests {
         assert_eq!(field("pos:\t0\nflags:\t02\n", "prog_id:"), None);
         assert_eq!(recursion_misses("self", &[]), Misses::default());
         assert_eq!(recursion_misses("no-such-process", &[]).tracking, 1);
-    }
-
-    #[test]
-    fn capabilities_decide() {
-        let status = "Name:\tx\nCapEff:\t000000c000000000\nCapBnd:\tffff\n";
-        assert!(may_trace(effective_capabilities(status)));
-        assert!(may_trace(1 << CAP_SYS_ADMIN));
-        assert!(!may_trace(1 << CAP_BPF));
-        assert!(!may_trace(1 << CAP_PERFMON));
-        assert!(!may_trace(effective_capabilities("")));
     }
 }

@@ -16,6 +16,7 @@ use super::account::{self, Accounts};
 use super::clock::{BootClock, boot_ns};
 use super::{Losses, TrackerError, host};
 use crate::mounts::Dev;
+use crate::privileges::{self, Capabilities};
 use crate::sys::start_time;
 
 const META: &str = "meta";
@@ -140,6 +141,16 @@ impl Pins {
             map.pin(&path).map_err(|e| failed(&path, e))?;
         }
         Ok(())
+    }
+
+    /// What it will take to remove them.
+    pub(super) fn to_remove(&self) -> Capabilities {
+        [Some(self.dir.as_path()), self.dir.parent()]
+            .into_iter()
+            .flatten()
+            .fold(Capabilities::NONE, |all, folder| {
+                all | privileges::to_remove_from(folder)
+            })
     }
 
     /// Removes the pins and their folder, and tells of errors; dropping does
@@ -317,21 +328,34 @@ impl Dump {
     }
 }
 
+/// Who owns the maps that are pinned there.
+///
+/// # Errors
+/// As of [`dump`].
+pub(super) fn owner(pin_dir: &Path) -> Result<Owner, DumpError> {
+    let meta = read_meta(pin_dir)?;
+    owner_of(&meta, pin_dir, &BootClock::now())
+}
+
+fn owner_of(meta: &vb_meta, pin_dir: &Path, clock: &BootClock) -> Result<Owner, DumpError> {
+    if meta.version != abi::VERSION {
+        return Err(DumpError::Foreign(pin_dir.to_path_buf()));
+    }
+    Ok(Owner {
+        pid: meta.pid,
+        alive: start_time(meta.pid) == Some(meta.start_time),
+        since: clock.at(meta.since),
+    })
+}
+
 /// Reads the pinned maps, while their owner goes on writing them.
 ///
 /// # Errors
 /// Where there are none, they may not be opened, or are of another version.
 pub fn dump(pin_dir: &Path) -> Result<Dump, DumpError> {
-    let meta = read_meta(pin_dir)?;
-    if meta.version != abi::VERSION {
-        return Err(DumpError::Foreign(pin_dir.to_path_buf()));
-    }
     let clock = BootClock::now();
-    let owner = Owner {
-        pid: meta.pid,
-        alive: start_time(meta.pid) == Some(meta.start_time),
-        since: clock.at(meta.since),
-    };
+    let meta = read_meta(pin_dir)?;
+    let owner = owner_of(&meta, pin_dir, &clock)?;
     let deadline = Instant::now() + PATH_PATIENCE;
     let fds = open_map(pin_dir, FDS)?;
     let settled = !owner.alive || wait_until_settled(pin_dir, deadline)?;

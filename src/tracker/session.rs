@@ -24,6 +24,8 @@ use super::state::State;
 use super::watch::{Prefix, Watch};
 use super::{Command, Log, Shared, TrackerError, TrackerOptions, failed, host};
 use crate::mounts::MountTable;
+use crate::privileges::{self, Capabilities};
+use crate::sys::kernel_version;
 
 /// Records taken from the ring before commands are looked at again.
 const RECORDS_AT_ONCE: usize = 4_096;
@@ -93,18 +95,42 @@ pub(super) fn run(
         Some(mode) => std::slice::from_ref(mode),
         None => &AttachMode::ALL,
     };
-    let mut refused = TrackerError::Failed("no way to attach".into());
+    let mut refused = Vec::new();
     for mode in modes {
         match track(&mut setup, *mode) {
             Ok(()) => return Ok(()),
             Err(Ended::Failed(error)) => return Err(error),
             Err(Ended::NotHere(error)) => {
                 shared.note_refused(*mode, &error);
-                refused = error;
+                refused.push(error);
             }
         }
     }
-    Err(refused)
+    match refused.pop() {
+        Some(error) if refused.is_empty() => Err(error),
+        // Each names its mode.
+        last => {
+            let all: Vec<_> = refused
+                .iter()
+                .chain(&last)
+                .map(ToString::to_string)
+                .collect();
+            Err(TrackerError::Environment(all.join("; ")))
+        }
+    }
+}
+
+/// What the tracking thread needs from the attachment on: map operations and the
+/// runs of a program are by descriptors, which take no capability from Linux 5.19
+/// on; before, where kernel.unprivileged_bpf_disabled is set, bpf(2) wants CAP_BPF
+/// for everything (kernel/bpf/syscall.c).
+fn lasting_needs(pins: Option<&Pins>) -> Capabilities {
+    let maps = if kernel_version() < (5, 19) {
+        Capabilities::BPF
+    } else {
+        Capabilities::NONE
+    };
+    maps | pins.map_or(Capabilities::NONE, Pins::to_remove)
 }
 
 /// Whether the programs of a mode load here, all of them, and attach: one of each
@@ -234,6 +260,10 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         if pins.replaced {
             shared.replaced_pins.store(true, Ordering::Relaxed);
         }
+    }
+    if let Some(keep) = setup.options.keep {
+        let needs = keep | lasting_needs(setup.pins.as_ref());
+        privileges::keep(needs).map_err(|e| failed("giving up capabilities", e))?;
     }
     let reconciler = Reconciler::new(skeleton.progs.reconcile, reconciled, source);
     let result = Loop {
