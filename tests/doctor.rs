@@ -116,3 +116,125 @@ fn what_is_missing_is_named_with_a_remedy() {
     assert_eq!(check(&document, "rights")["pass"], false);
     assert_eq!(check(&document, "attach")["pass"], false);
 }
+
+#[test]
+fn with_the_kill_switch_nothing_is_loaded_or_mounted() {
+    need_root();
+    let hide = "mount -t tmpfs none /sys/fs/bpf; mount -t tmpfs none /sys/kernel/tracing;\
+                mount -t tmpfs none /sys/kernel/debug; export VMAFX_EBPF_BYPASS=0;";
+    let trace = tempfile::NamedTempFile::new().unwrap();
+    let strace = format!("strace -f -e trace=bpf,mount -o {}", trace.path().display());
+    let output = doctor_in(hide, &strace);
+    assert_eq!(output.status.code(), Some(3));
+    let document = json(&output);
+    let named = ["bpf_fs", "tracefs", "attach_raw", "attach", "opt_in"];
+    for name in named {
+        let check = check(&document, name);
+        assert_eq!(check["pass"], false, "{name}");
+        let detail = check["detail"].as_str().unwrap();
+        assert!(detail.contains("VMAFX_EBPF_BYPASS=0"), "{name}: {detail}");
+    }
+    let trace = std::fs::read_to_string(trace.path()).unwrap();
+    // It was traced up to its end.
+    assert!(trace.contains("+++ exited with 3 +++"), "{trace}");
+    assert!(
+        !trace.contains("bpf(") && !trace.contains("mount("),
+        "{trace}"
+    );
+}
+
+#[test]
+fn every_check_is_in_the_reference() {
+    let output = program()
+        .args(["doctor", "--format=json", "--prefix=/proc"])
+        .env("VMAFX_EBPF_BYPASS", "0")
+        .output()
+        .unwrap();
+    let document = json(&output);
+    let checks = document["checks"].as_array().unwrap().iter();
+    let found: Vec<_> = checks
+        .map(|check| {
+            (
+                check["name"].as_str().unwrap(),
+                check["for"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let page = include_str!("../docs/REFERENCE.md");
+    let section = page.split("\n## Doctor\n").nth(1).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    let mut documented: Vec<_> = rows
+        .map(|row| {
+            let (name, rest) = row.split_once("` | ").unwrap();
+            (name, rest.split([',', ';', ' ']).next().unwrap())
+        })
+        .collect();
+    let mut found = found;
+    found.sort_unstable();
+    documented.sort_unstable();
+    assert_eq!(found, documented);
+}
+
+#[test]
+fn a_server_that_the_environment_names_must_answer() {
+    let asked = |socket: &str| {
+        let output = program()
+            .args(["doctor", "--format=json"])
+            .env("VMAFX_EBPF_BYPASS", "0")
+            .env("VMAFX_BYPASS_SOCKET", socket)
+            .output()
+            .unwrap();
+        check(&json(&output), "handover_server").clone()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let path = socket.to_str().unwrap();
+    let refused = asked(path);
+    assert_eq!(refused["pass"], false);
+    let remedy = refused["remedy"].as_str().unwrap();
+    assert!(
+        remedy.contains("--socket") && remedy.contains(path),
+        "{remedy}"
+    );
+    let clips = vmafx_bypass::Clips::new(
+        vec!["/nowhere".into()],
+        std::sync::Arc::new(vmafx_bypass::snapshot::Snapshots::new(
+            vmafx_bypass::snapshot::SnapshotOptions {
+                mode: vmafx_bypass::snapshot::SnapshotMode::Auto,
+                copy_budget: 0,
+            },
+        )),
+    );
+    let options = vmafx_bypass::handover::ServerOptions::new(&socket);
+    let _server = vmafx_bypass::handover::Server::start(options, std::sync::Arc::new(clips));
+    // It has 250 ms to answer, and a busy machine.
+    common::eventually("an answer", || asked(path)["pass"] == true);
+}
+
+#[test]
+fn a_run_that_has_the_pins_is_named() {
+    need_root();
+    let rig = rig(|source| put(source, "clip", b"clip"));
+    let mut run = program()
+        .args(["run", "--enable", "--quiet", "--prefix"])
+        .arg(rig.mountpoint())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = run.id();
+    common::eventually("pins", || {
+        let output = program()
+            .args(["doctor", "--format=json"])
+            .env("VMAFX_EBPF_BYPASS", "0")
+            .output()
+            .unwrap();
+        let document = json(&output);
+        let pins = check(&document, "pins");
+        let detail = pins["detail"].as_str().unwrap();
+        pins["pass"] == true && detail.contains(&format!("`run` is pid {pid}"))
+    });
+    let pid = nix::unistd::Pid::from_raw(pid as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(run.wait().unwrap().success());
+}

@@ -1,19 +1,31 @@
 //! `doctor`: what works on this host, and why not.
+//!
+//! `facts` gathers and `judge` decides; what tracking needs, the tracker tells.
+
+mod container;
+mod exec;
+mod facts;
+mod judge;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use vmafx_bypass::cache::proof::check_mount;
-use vmafx_bypass::cache::rclone::Locator;
+use vmafx_bypass::cache::proof::{check_file_system, check_mount};
+use vmafx_bypass::cache::rclone::{Located, Locator};
 use vmafx_bypass::cache::trail::Trail;
 use vmafx_bypass::mounts::{Mount, MountTable};
+#[cfg(feature = "ebpf")]
 use vmafx_bypass::optin::{self, OptIn};
+use vmafx_bypass::snapshot::has_reflinks;
+use vmafx_bypass::{Reason, Refusal};
 
 use crate::cli::{DoctorArgs, Format};
 use crate::exit::Exit;
-use crate::output::{JsonPath, Notes, SCHEMA, escape, write_json};
+use crate::output::{JsonPath, Notes, SCHEMA, escape, human_bytes, write_json};
+use facts::{Facts, runs_paths_rclone};
+use judge::{CheckRow, Purpose, judge};
 
 #[derive(Serialize)]
 struct Document {
@@ -22,17 +34,6 @@ struct Document {
     ok: bool,
     checks: Vec<CheckRow>,
     mounts: Vec<MountRow>,
-}
-
-#[derive(Serialize)]
-struct CheckRow {
-    name: &'static str,
-    pass: bool,
-    /// Whether `run` needs it.
-    needed: bool,
-    detail: String,
-    /// Null: it passes.
-    remedy: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -46,20 +47,37 @@ struct MountRow {
     pass: bool,
     detail: String,
     remedy: Option<&'static str>,
+    /// Null: not found.
+    cache: Option<Cache>,
     #[serde(skip)]
     point: PathBuf,
+}
+
+/// A mount's daemon, and where it caches.
+#[derive(Serialize)]
+struct Cache {
+    daemon: u32,
+    /// What PATH's `rclone version` says, if the daemon is that program.
+    rclone: Option<String>,
+    /// Null: one that is not known to tell holes.
+    file_system: Option<String>,
+    /// Whether whole clips can be handed over without copying them.
+    reflinks: bool,
+    free_bytes: Option<u64>,
 }
 
 /// Looks at the host; exit 3 where `run` could not work.
 pub fn run(args: &DoctorArgs, notes: &Notes) -> Result<Exit> {
     let table = MountTable::read().context("`/proc/self/mountinfo`")?;
-    let mut checks = host_checks(notes);
-    checks.push(opted_in());
+    let facts = Facts::gather();
+    let mut checks = tracking(&facts, notes);
+    checks.extend(judge(&facts));
     checks.extend(args.prefix.iter().map(|prefix| on_rclone(prefix, &table)));
+    let rclone = facts.rclone.as_deref().ok();
     let mounts: Vec<MountRow> = table
         .iter()
         .filter(|mount| mount.is_rclone())
-        .map(|mount| look_at(mount, &table))
+        .map(|mount| look_at(mount, &table, rclone))
         .collect();
     let document = Document {
         schema: SCHEMA,
@@ -80,53 +98,60 @@ pub fn run(args: &DoctorArgs, notes: &Notes) -> Result<Exit> {
     })
 }
 
+/// The tracker's own checks: with the kill switch nothing is loaded or mounted.
 #[cfg(feature = "ebpf")]
-fn host_checks(notes: &Notes) -> Vec<CheckRow> {
-    let checks = vmafx_bypass::tracker::checks(notes.libbpf_log()).into_iter();
+fn tracking(facts: &Facts, notes: &Notes) -> Vec<CheckRow> {
+    let killed = facts.opt_in == OptIn::Killed;
+    let why = format!("{}=0", optin::VARIABLE);
+    if !killed && facts.capabilities.may_trace() {
+        notes.note(format_args!(
+            "note: loads and attaches BPF programs for a moment, to see which ways work; not with {why}"
+        ));
+    }
+    let leave = killed.then_some(why.as_str());
+    let checks = vmafx_bypass::tracker::checks(notes.libbpf_log(), leave);
     checks
-        .map(|check| CheckRow {
-            name: check.name,
-            pass: check.found.is_ok(),
-            needed: check.needed,
-            remedy: check.found.is_err().then(|| check.remedy.to_owned()),
-            detail: check.found.unwrap_or_else(|error| error),
+        .into_iter()
+        .map(|check| {
+            let remedy = || {
+                if killed && check.name.starts_with("attach") {
+                    format!("unset {}, or set it to 1", optin::VARIABLE)
+                } else {
+                    container::remedy(facts.place, check.name)
+                        .unwrap_or_else(|| check.remedy.to_owned())
+                }
+            };
+            CheckRow {
+                name: check.name,
+                purpose: Purpose::Tracking,
+                needed_by: match check.name {
+                    "tracefs" => "run --attach tracepoint",
+                    "attach_fentry" => "run --attach fentry",
+                    "attach_raw" => "run --attach raw",
+                    "attach_tracepoint" => "run --attach tracepoint",
+                    "bpf_fs" | "pins" => "run, dump-map, top",
+                    _ => "run",
+                },
+                pass: check.found.is_ok(),
+                needed: check.needed,
+                remedy: check.found.is_err().then(remedy),
+                detail: check.found.unwrap_or_else(|error| error),
+            }
         })
         .collect()
 }
 
 #[cfg(not(feature = "ebpf"))]
-fn host_checks(_: &Notes) -> Vec<CheckRow> {
+fn tracking(_: &Facts, _: &Notes) -> Vec<CheckRow> {
     vec![CheckRow {
         name: "tracker",
+        purpose: Purpose::Tracking,
+        needed_by: "run",
         pass: false,
         needed: true,
         detail: "this build has no tracker".into(),
         remedy: Some("build it with the cargo feature `ebpf`".into()),
     }]
-}
-
-fn opted_in() -> CheckRow {
-    let variable = optin::VARIABLE;
-    let (pass, detail, remedy) = match optin::from_env() {
-        OptIn::Yes => (true, format!("{variable}=1"), None),
-        OptIn::Unset => (
-            false,
-            format!("{variable} is not set: `run` refuses to start"),
-            Some(format!("set {variable}=1, or start `run` with --enable")),
-        ),
-        OptIn::Killed => (
-            false,
-            format!("{variable}=0: nothing is tracked or bypassed"),
-            Some(format!("unset {variable}, or set it to 1")),
-        ),
-    };
-    CheckRow {
-        name: "opt_in",
-        pass,
-        needed: false,
-        detail,
-        remedy,
-    }
 }
 
 fn on_rclone(prefix: &Path, table: &MountTable) -> CheckRow {
@@ -148,6 +173,8 @@ fn on_rclone(prefix: &Path, table: &MountTable) -> CheckRow {
     };
     CheckRow {
         name: "prefix",
+        purpose: Purpose::Tracking,
+        needed_by: "run --prefix",
         pass,
         needed: true,
         detail,
@@ -155,27 +182,29 @@ fn on_rclone(prefix: &Path, table: &MountTable) -> CheckRow {
     }
 }
 
-/// Whether a mount's daemon and cache are found and may be read.
-fn look_at(mount: &Mount, table: &MountTable) -> MountRow {
+/// Whether a mount's daemon and cache are found and may be read. `rclone` is what
+/// PATH's says of its version.
+fn look_at(mount: &Mount, table: &MountTable, rclone: Option<&str>) -> MountRow {
     let found = Locator::with(|locator| locator.locate(mount)).and_then(|located| {
         check_mount(&located.mount_facts(), &mut Trail::off())?;
         Ok(located)
     });
     let covered = table.containing(&mount.point) != Some(mount);
-    let (pass, detail, remedy) = match found {
-        Ok(_) if covered => (false, "another mount covers it".into(), None),
-        Ok(located) => {
-            let folder = located.folders.data_path(Path::new(""));
-            match std::fs::read_dir(&folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => (
-                    false,
-                    format!("cache `{}`: {error}", folder.display()),
-                    Some(vmafx_bypass::Reason::Permission.remedy()),
-                ),
-                _ => (true, format!("cache in `{}`", folder.display()), None),
-            }
+    let cache = found
+        .as_ref()
+        .ok()
+        .map(|located| Cache::of(located, rclone));
+    let judged = match &found {
+        Ok(_) if covered => Err(("another mount covers it".into(), None)),
+        Ok(located) => readable(located).map_err(told),
+        Err(refusal) => Err(told(refusal.clone())),
+    };
+    let (pass, detail, remedy) = match judged {
+        Ok(folder) => {
+            let more = cache.as_ref().map_or_else(String::new, Cache::text);
+            (true, format!("cache in `{}`{more}", folder.display()), None)
         }
-        Err(refusal) => (false, refusal.to_string(), Some(refusal.reason.remedy())),
+        Err((detail, remedy)) => (false, detail, remedy),
     };
     MountRow {
         path: JsonPath::new(Some(&mount.point)),
@@ -185,31 +214,109 @@ fn look_at(mount: &Mount, table: &MountTable) -> MountRow {
         pass,
         detail,
         remedy,
+        cache,
         point: mount.point.clone(),
     }
 }
 
-fn write_text(out: &mut impl Write, document: &Document) -> io::Result<()> {
-    for check in &document.checks {
-        let mark = match (check.pass, check.needed) {
-            (true, _) => "ok",
-            (false, true) => "NO",
-            (false, false) => "-",
-        };
-        writeln!(
-            out,
-            "{mark:<3} {:<18} {}",
-            check.name,
-            escape(check.detail.as_ref())
-        )?;
-        if let Some(remedy) = &check.remedy {
-            writeln!(out, "    {:<18} -> {remedy}", "")?;
+fn told(refusal: Refusal) -> (String, Option<&'static str>) {
+    let remedy = refusal.reason.remedy();
+    (refusal.to_string(), Some(remedy))
+}
+
+/// The folder of a mount's cached clips, which need not be there yet.
+fn readable(located: &Located) -> Result<PathBuf, Refusal> {
+    let folder = located.folders.data_path(Path::new(""));
+    match std::fs::read_dir(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            let what = format_args!("cache `{}`", folder.display());
+            return Err(Refusal::from_io(what, &error, Reason::IoError));
+        }
+        _ => {}
+    }
+    if let Ok(found) = nix::sys::statfs::statfs(&located.cache_folder()) {
+        check_file_system(found.filesystem_type().0)?;
+    }
+    Ok(folder)
+}
+
+impl Cache {
+    fn of(located: &Located, rclone: Option<&str>) -> Self {
+        let folder = located.cache_folder();
+        let found = nix::sys::statfs::statfs(&folder).ok();
+        let file_system = found.map(|found| check_file_system(found.filesystem_type().0));
+        let pid = located.daemon.pid;
+        Self {
+            daemon: pid,
+            rclone: rclone.filter(|_| runs_paths_rclone(pid)).map(Into::into),
+            file_system: file_system.and_then(Result::ok),
+            reflinks: has_reflinks(&folder),
+            free_bytes: found.map(|f| f.blocks_available() * f.block_size().unsigned_abs()),
         }
     }
-    if document.mounts.is_empty() {
-        writeln!(out, "-   {:<18} none found", "rclone mounts")?;
+
+    /// Continues a sentence.
+    fn text(&self) -> String {
+        let file_system = self.file_system.as_deref().unwrap_or("unknown");
+        let reflinks = if self.reflinks {
+            "with reflinks"
+        } else {
+            "no reflinks: `exec` copies whole clips"
+        };
+        let free = self.free_bytes.map_or_else(String::new, |bytes| {
+            format!(", {} free", human_bytes(bytes))
+        });
+        let version = self
+            .rclone
+            .as_deref()
+            .unwrap_or("another rclone than PATH's");
+        format!(
+            " on {file_system} ({reflinks}{free}), by pid {} ({version})",
+            self.daemon
+        )
     }
-    for mount in &document.mounts {
+}
+
+fn write_text(out: &mut impl Write, document: &Document) -> io::Result<()> {
+    for purpose in Purpose::ALL {
+        writeln!(out, "{}", purpose.heading())?;
+        let checks = document.checks.iter();
+        for check in checks.filter(|check| check.purpose == purpose) {
+            write_check(out, check)?;
+        }
+        if purpose == Purpose::Reading {
+            write_mounts(out, &document.mounts)?;
+        }
+    }
+    let verdict = if document.ok {
+        "`run` can work here"
+    } else {
+        "`run` cannot work here: see NO above"
+    };
+    writeln!(out, "{verdict}")
+}
+
+fn write_check(out: &mut impl Write, check: &CheckRow) -> io::Result<()> {
+    let mark = match (check.pass, check.needed) {
+        (true, _) => "ok",
+        (false, true) => "NO",
+        (false, false) => "-",
+    };
+    let detail = escape(check.detail.as_ref());
+    writeln!(out, "{mark:<3} {:<20} {detail}", check.name)?;
+    if let Some(remedy) = &check.remedy {
+        let remedy = escape(remedy.as_ref());
+        writeln!(out, "    {:<20} for {}", "", check.needed_by)?;
+        writeln!(out, "    {:<20} -> {remedy}", "")?;
+    }
+    Ok(())
+}
+
+fn write_mounts(out: &mut impl Write, mounts: &[MountRow]) -> io::Result<()> {
+    if mounts.is_empty() {
+        writeln!(out, "-   {:<20} none found", "rclone mounts")?;
+    }
+    for mount in mounts {
         let mark = if mount.pass { "ok" } else { "-" };
         let point = escape(mount.point.as_os_str());
         let detail = escape(mount.detail.as_ref());
@@ -219,13 +326,8 @@ fn write_text(out: &mut impl Write, document: &Document) -> io::Result<()> {
             escape(mount.source.as_ref())
         )?;
         if let Some(remedy) = mount.remedy {
-            writeln!(out, "    {:<18} -> {remedy}", "")?;
+            writeln!(out, "    {:<20} -> {remedy}", "")?;
         }
     }
-    let verdict = if document.ok {
-        "`run` can work here"
-    } else {
-        "`run` cannot work here: see NO above"
-    };
-    writeln!(out, "{verdict}")
+    Ok(())
 }

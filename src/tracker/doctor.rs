@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::attach::AttachMode;
+use super::clock::BootClock;
+use super::pinned::{self, DumpError};
 use super::{DEFAULT_PIN_DIR, Log, TrackerError, host, session};
 
 /// One thing that tracking needs, or can do without.
@@ -18,11 +20,32 @@ pub struct Check {
     pub needed: bool,
 }
 
-/// Looks at all of it. To see which ways to attach work, each is loaded and
-/// attached for a moment; file systems that are missing are mounted, as `run`
-/// would. `log` takes what libbpf says of that.
+/// The ways to attach, with the names of their checks and what each needs.
+const MODES: [(AttachMode, &str, &str); 3] = [
+    (
+        AttachMode::Fentry,
+        "attach_fentry",
+        "needs BPF trampolines, and programs of type tracing to be allowed; the other modes cost more",
+    ),
+    (
+        AttachMode::Raw,
+        "attach_raw",
+        "needs raw tracepoints for system calls (CONFIG_HAVE_SYSCALL_TRACEPOINTS)",
+    ),
+    (
+        AttachMode::Tracepoint,
+        "attach_tracepoint",
+        "needs tracefs and CONFIG_FTRACE_SYSCALLS",
+    ),
+];
+
+/// Looks at all of it. `leave` is why nothing may be changed for that, if so; else,
+/// to see which ways to attach work, each is loaded and attached for a moment, and
+/// file systems that are missing are mounted, as `run` would. `log` takes what libbpf
+/// says of that.
 #[must_use]
-pub fn checks(log: Option<Log>) -> Vec<Check> {
+pub fn checks(log: Option<Log>, leave: Option<&str>) -> Vec<Check> {
+    let not_tried = |why: &str| TrackerError::Environment(format!("not tried: {why}"));
     let mut checks = vec![
         check("kernel", true, "run Linux 5.15 or newer", host::kernel()),
         check(
@@ -41,48 +64,41 @@ pub fn checks(log: Option<Log>) -> Vec<Check> {
             "bpf_fs",
             true,
             "as root run `mount -t bpf bpf /sys/fs/bpf`",
-            host::pin_folder(Path::new(DEFAULT_PIN_DIR))
-                .map(|folder| format!("pins go to `{}`", folder.display())),
+            bpf_fs(leave.map(not_tried)),
         ),
+        pins(),
         check(
             "tracefs",
             false,
-            "as root run `mount -t tracefs tracefs /sys/kernel/tracing`; only `--attach tracepoint` needs it",
-            host::need_tracefs().map(|()| "system call tracepoints".into()),
+            "as root run `mount -t tracefs tracefs /sys/kernel/tracing`, or add CAP_DAC_READ_SEARCH if it is; only `--attach tracepoint` needs it",
+            tracefs(leave.map(not_tried)).map(|()| "system call tracepoints".into()),
         ),
     ];
-    for (name, mode, remedy) in [
-        (
-            "attach_fentry",
-            AttachMode::Fentry,
-            "needs BPF trampolines, and programs of type tracing to be allowed; the other modes cost more",
-        ),
-        (
-            "attach_raw",
-            AttachMode::Raw,
-            "needs raw tracepoints for system calls (CONFIG_HAVE_SYSCALL_TRACEPOINTS)",
-        ),
-        (
-            "attach_tracepoint",
-            AttachMode::Tracepoint,
-            "needs tracefs and CONFIG_FTRACE_SYSCALLS",
-        ),
-    ] {
-        let found = session::probe(mode, log).map(|()| format!("works (--attach {})", mode.name()));
+    let mut best = None;
+    for (mode, name, remedy) in MODES {
+        let found = match leave {
+            Some(why) => Err(not_tried(why)),
+            None => session::probe(mode, log),
+        };
+        let found = found.map(|()| format!("works (--attach {})", mode.name()));
+        if best.is_none() {
+            best = found.as_ref().ok().cloned();
+        }
         checks.push(check(name, false, remedy, found));
     }
-    let mut attaches = checks.iter().filter(|c| c.name.starts_with("attach_"));
-    let best = attaches.find_map(|c| c.found.clone().ok());
     checks.push(check(
         "attach",
         true,
         "see the three ways above: one must work",
-        best.ok_or_else(|| TrackerError::Environment("no way to attach works".into())),
+        best.ok_or_else(|| match leave {
+            Some(why) => not_tried(why),
+            None => TrackerError::Environment("no way to attach works".into()),
+        }),
     ));
     checks.push(check(
         "pid_namespace",
         false,
-        "run in the host's pid namespace (`docker run --pid=host`) to see every process",
+        "start it in the host's pid namespace, to see every process",
         match host::pid_namespace() {
             None => Ok("the host's: every process is seen".into()),
             Some(_) => Err(TrackerError::Environment(
@@ -91,6 +107,48 @@ pub fn checks(log: Option<Log>) -> Vec<Check> {
         },
     ));
     checks
+}
+
+/// `leave`: the error where it is missing, and may not be mounted.
+fn bpf_fs(leave: Option<TrackerError>) -> Result<String, TrackerError> {
+    let folder = Path::new(DEFAULT_PIN_DIR);
+    match leave {
+        Some(error) if !host::on_bpffs(folder) => Err(error),
+        _ => host::pin_folder(folder).map(|folder| format!("pins go to `{}`", folder.display())),
+    }
+}
+
+/// Likewise.
+fn tracefs(leave: Option<TrackerError>) -> Result<(), TrackerError> {
+    match leave {
+        Some(error) => {
+            if host::has_tracefs()? {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        }
+        None => host::need_tracefs(),
+    }
+}
+
+/// Who has the maps where `run` pins them unless told otherwise.
+fn pins() -> Check {
+    let found = match pinned::owner(Path::new(DEFAULT_PIN_DIR), &BootClock::now()) {
+        Ok(owner) if owner.alive => Ok(format!(
+            "`run` is pid {}: another one needs a --pin-dir of its own",
+            owner.pid
+        )),
+        Ok(owner) => Err(format!("left by pid {}, which has died", owner.pid)),
+        Err(DumpError::NotRunning(_)) => Ok("none: `run` is not running".into()),
+        Err(error) => Err(error.to_string()),
+    };
+    Check {
+        name: "pins",
+        found,
+        remedy: "start `run`, which replaces those of a dead one, or choose another --pin-dir",
+        needed: false,
+    }
 }
 
 fn check(
