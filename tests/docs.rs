@@ -166,6 +166,7 @@ fn every_test_that_is_named_exists() {
     for text in [
         include_str!("../SECURITY.md"),
         include_str!("../docs/ARCHITECTURE.md"),
+        include_str!("../docs/PRIVILEGES.md"),
     ] {
         let names = text.split('`').skip(1).step_by(2);
         let mut tests = 0;
