@@ -11,6 +11,8 @@ use std::path::Path;
 
 use rustix::thread::CapabilitySet;
 
+use crate::sys::kernel_version;
+
 /// A set of capabilities, by their numbers in linux/capability.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Capabilities(u64);
@@ -126,6 +128,18 @@ pub fn keep(wanted: Capabilities) -> io::Result<Capabilities> {
     // The ambient set goes with the inheritable one: capabilities(7).
     rustix::thread::set_capabilities(None, sets)?;
     Ok(Capabilities(sets.effective.bits()))
+}
+
+/// What bpf(2) asks of who works on maps and programs by their descriptors: nothing
+/// from Linux 5.19 on. Before, where kernel.unprivileged_bpf_disabled is set, it
+/// wants CAP_BPF for everything (kernel/bpf/syscall.c).
+#[must_use]
+pub fn for_maps() -> Capabilities {
+    if kernel_version() < (5, 19) {
+        Capabilities::BPF
+    } else {
+        Capabilities::NONE
+    }
 }
 
 /// What it takes to remove a file of ours from a folder: nothing from one of our own.

@@ -15,9 +15,9 @@ use crate::cli::RunArgs;
 use crate::output::Notes;
 
 /// What estimates need: rclone's cache and its process may be another user's, and
-/// /proc may hide processes.
+/// /proc may hide processes; and what asking the maps does.
 pub fn lasting() -> Capabilities {
-    Capabilities::DAC_READ_SEARCH | Capabilities::SYS_PTRACE
+    Capabilities::DAC_READ_SEARCH | Capabilities::SYS_PTRACE | privileges::for_maps()
 }
 
 /// What the handover server needs beside: a cache file on a mount of its own, which

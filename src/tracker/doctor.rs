@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use super::attach::AttachMode;
-use super::clock::BootClock;
 use super::pinned::{self, DumpError};
 use super::{DEFAULT_PIN_DIR, Log, TrackerError, host, session};
 
@@ -134,7 +133,7 @@ fn tracefs(leave: Option<TrackerError>) -> Result<(), TrackerError> {
 
 /// Who has the maps where `run` pins them unless told otherwise.
 fn pins() -> Check {
-    let found = match pinned::owner(Path::new(DEFAULT_PIN_DIR), &BootClock::now()) {
+    let found = match pinned::owner(Path::new(DEFAULT_PIN_DIR)) {
         Ok(owner) if owner.alive => Ok(format!(
             "`run` is pid {}: another one needs a --pin-dir of its own",
             owner.pid

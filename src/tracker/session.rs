@@ -24,8 +24,7 @@ use super::state::State;
 use super::watch::{Prefix, Watch};
 use super::{Command, Log, Shared, TrackerError, TrackerOptions, failed, host};
 use crate::mounts::MountTable;
-use crate::privileges::{self, Capabilities};
-use crate::sys::kernel_version;
+use crate::privileges;
 
 /// Records taken from the ring before commands are looked at again.
 const RECORDS_AT_ONCE: usize = 4_096;
@@ -118,19 +117,6 @@ pub(super) fn run(
             Err(TrackerError::Environment(all.join("; ")))
         }
     }
-}
-
-/// What the tracking thread needs from the attachment on: map operations and the
-/// runs of a program are by descriptors, which take no capability from Linux 5.19
-/// on; before, where kernel.unprivileged_bpf_disabled is set, bpf(2) wants CAP_BPF
-/// for everything (kernel/bpf/syscall.c).
-fn lasting_needs(pins: Option<&Pins>) -> Capabilities {
-    let maps = if kernel_version() < (5, 19) {
-        Capabilities::BPF
-    } else {
-        Capabilities::NONE
-    };
-    maps | pins.map_or(Capabilities::NONE, Pins::to_remove)
 }
 
 /// Whether the programs of a mode load here, all of them, and attach: one of each
@@ -262,7 +248,8 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
         }
     }
     if let Some(keep) = setup.options.keep {
-        let needs = keep | lasting_needs(setup.pins.as_ref());
+        let to_remove = setup.pins.as_ref().map(Pins::to_remove);
+        let needs = keep | privileges::for_maps() | to_remove.unwrap_or_default();
         privileges::keep(needs).map_err(|e| failed("giving up capabilities", e))?;
     }
     let reconciler = Reconciler::new(skeleton.progs.reconcile, reconciled, source);
