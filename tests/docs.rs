@@ -121,6 +121,7 @@ fn links_of_the_troubleshooting_page_lead_somewhere() {
         ("HANDOVER.md", include_str!("../docs/HANDOVER.md")),
         ("BENCHMARKING.md", include_str!("../docs/BENCHMARKING.md")),
         ("SYSTEMD.md", include_str!("../docs/SYSTEMD.md")),
+        ("PRIVILEGES.md", include_str!("../docs/PRIVILEGES.md")),
     ];
     let mut links = 0;
     for link in TROUBLESHOOTING.split("](").skip(1) {

@@ -32,6 +32,8 @@ pub struct Facts {
     pub lockdown: Option<String>,
     /// Of /proc, its mount options.
     pub proc_options: String,
+    /// kernel.perf_event_paranoid.
+    pub perf_event_paranoid: Option<i32>,
     /// kernel.yama.ptrace_scope; `None`: no Yama.
     pub ptrace_scope: Option<u8>,
     /// What became of a command under `exec`.
@@ -85,6 +87,8 @@ impl Facts {
             uid_map: text("/proc/self/uid_map").unwrap_or_default(),
             lockdown: text("/sys/kernel/security/lockdown"),
             proc_options: options_of("/proc", &text("/proc/self/mounts").unwrap_or_default()),
+            perf_event_paranoid: text("/proc/sys/kernel/perf_event_paranoid")
+                .and_then(|level| level.trim().parse().ok()),
             ptrace_scope: text("/proc/sys/kernel/yama/ptrace_scope")
                 .and_then(|scope| scope.trim().parse().ok()),
             exec: exec(&program),

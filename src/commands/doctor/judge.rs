@@ -91,6 +91,12 @@ const CHECKS: &[Check] = &[
     ("user_namespace", Tracking, "run", user_namespace),
     ("lockdown", Tracking, "run", lockdown),
     (
+        "perf_event_paranoid",
+        Tracking,
+        "run --attach tracepoint, for others than root",
+        perf_event_paranoid,
+    ),
+    (
         "proc",
         Tracking,
         "run, to make losses good; finding rclone's process",
@@ -263,6 +269,18 @@ fn lockdown(facts: &Facts) -> Found {
             "boot with `lockdown=integrity`, or without".into(),
         )),
         Some(states) => Ok(states.trim().into()),
+    }
+}
+
+/// Up to 2, what released kernels know, CAP_PERFMON does; distributions added more.
+fn perf_event_paranoid(facts: &Facts) -> Found {
+    match facts.perf_event_paranoid {
+        Some(level) if level > 2 && !facts.capabilities.has(Capabilities::SYS_ADMIN) => Err((
+            format!("kernel.perf_event_paranoid={level}: CAP_PERFMON may not do"),
+            "as root run `sysctl kernel.perf_event_paranoid=2`".into(),
+        )),
+        Some(level) => Ok(format!("kernel.perf_event_paranoid={level}")),
+        None => Ok("not shown".into()),
     }
 }
 

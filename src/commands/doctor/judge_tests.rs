@@ -21,6 +21,7 @@ fn well() -> Facts {
         uid_map: "         0          0 4294967295\n".into(),
         lockdown: Some("[none] integrity confidentiality\n".into()),
         proc_options: "rw,relatime".into(),
+        perf_event_paranoid: Some(2),
         ptrace_scope: Some(1),
         exec: Ok(Assisted {
             unassisted: None,
@@ -155,7 +156,8 @@ fn a_user_without_capabilities_is_told_the_command_that_gives_them() {
 #[test]
 fn what_only_users_need_fails_for_them_alone() {
     type Change = fn(&mut Facts);
-    let cases: [(Change, &str); 5] = [
+    let cases: [(Change, &str); 6] = [
+        (|f| f.perf_event_paranoid = Some(3), "perf_event_paranoid"),
         (|f| f.fusermount = None, "fusermount3"),
         (
             |f| f.fusermount.as_mut().unwrap().set_uid_root = false,
