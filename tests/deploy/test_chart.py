@@ -21,7 +21,7 @@ GUIDE = (lab.ROOT / "docs/KUBERNETES.md").read_text()
 # is a field from 1.30 on.
 VERSIONS = ("1.25", "1.30", "1.37")
 # Options that the chart knows and the program does not have yet.
-TO_COME = {"--account", "--metrics"}
+TO_COME = {"--metrics"}
 
 
 def strict(schema):

@@ -86,7 +86,7 @@ class PodTest(unittest.TestCase):
         self.assertFalse(self.node.pins.exists())
 
     def test_a_pod_tracks_mounts_that_come_go_and_come_back(self):
-        pod = Pod(self, tracker(self.node))
+        pod = Pod(self, tracker(self.node, account=True))
         # It is there before the node's rclone.
         self.assert_rights(pod.pid(), BASE)
         lab.until(pod.told, lambda: "waiting for a mount" in pod.told())
