@@ -40,13 +40,16 @@ def run(*command, **options):
         raise AssertionError(f"{command}: {error.stdout}{error.stderr}") from error
 
 
+@functools.cache
+def helm(chart, files, values):
+    arguments = [part for file in files for part in ("-f", file)]
+    return run(HELM, "template", "test", chart, *arguments, "-f", "-", input=values).stdout
+
+
 def render(values=None, chart=CHART, files=()):
     """The objects that helm makes of values, a dict, after values files."""
-    arguments = [part for file in files for part in ("-f", file)]
-    done = run(
-        HELM, "template", "test", chart, *arguments, "-f", "-", input=yaml.safe_dump(values or {})
-    )
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    text = helm(chart, tuple(files), yaml.safe_dump(values or {}))
+    return [document for document in yaml.safe_load_all(text) if document]
 
 
 def node_chart(folder):
