@@ -42,7 +42,7 @@ hostPID: true
     - --wait
     # Each pod on a node has pins of its own.
     - --pin-dir=/sys/fs/bpf/$(POD_UID)
-    - --quiet
+    - --no-events
     - --socket=/run/vmafx-bypass/bypass.sock
     - --socket-owner=:{{ int64 .group }}
     - --copy-budget={{ .copyBudget }}

@@ -65,8 +65,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if $run.account }}
 - --account
 {{- end }}
-{{- if eq $run.log "quiet" }}
-- --quiet
+{{- if eq $run.log "notes" }}
+- --no-events
 {{- else }}
 - --format={{ $run.log }}
 {{- end }}
