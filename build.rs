@@ -1,9 +1,35 @@
-//! Compiles the BPF programs and writes their skeleton into OUT_DIR.
+//! Compiles the BPF programs and writes their skeleton into OUT_DIR; tells the
+//! revision.
+
+#[path = "build/revision.rs"]
+mod revision;
+
+use std::env;
+use std::path::PathBuf;
+
+/// Names the revision where there is no git, or it shall have another name.
+const REVISION: &str = "VMAFX_BYPASS_REVISION";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
+    name_revision();
     #[cfg(feature = "ebpf")]
     bpf::build();
+}
+
+fn name_revision() {
+    println!("cargo:rerun-if-env-changed={REVISION}");
+    let given = env::var(REVISION).ok().filter(|name| !name.is_empty());
+    let name = given.unwrap_or_else(|| {
+        let root = env::var_os("CARGO_MANIFEST_DIR").map_or_else(PathBuf::new, PathBuf::from);
+        let revision = revision::of(&root, env::var("PROFILE").is_ok_and(|p| p == "release"));
+        for path in revision.watched {
+            println!("cargo:rerun-if-changed={}", path.display());
+        }
+        revision.name
+    });
+    println!("cargo:rustc-env={REVISION}={name}");
 }
 
 #[cfg(feature = "ebpf")]

@@ -2,25 +2,31 @@
 
 mod bench;
 mod exec;
+mod generate;
 #[cfg(feature = "mount")]
 mod mount;
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 pub use bench::{BenchArgs, BenchFormat, Engine, Pattern};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use exec::{ExecArgs, Snapshot};
+pub use generate::{GenerateArgs, Generated};
 #[cfg(feature = "mount")]
 pub use mount::{MountArgs, MountSnapshot, Passthrough};
 use vmafx_bypass::handover::Owner;
+use vmafx_bypass::version;
+
+/// What `--version` says.
+static BUILD: LazyLock<String> = LazyLock::new(|| version::build().to_string());
 
 /// Reads clips that rclone has cached past FUSE, never at the price of a wrong byte.
-///
-/// Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the environment cannot do it
-/// or nobody opted in, 4 data mismatch, 5 gate missed.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, long_version = BUILD.as_str(), max_term_width = 100, after_help = "\
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the environment cannot do it or nobody
+opted in, 4 data mismatch, 5 gate missed.")]
 pub struct Cli {
     /// Print no notes and warnings.
     #[arg(short, long, global = true)]
@@ -65,6 +71,9 @@ pub enum Command {
     Mount(MountArgs),
     /// Complete clips in rclone's cache: read what is missing, and only that.
     Warm(WarmArgs),
+    /// Write man pages, or a shell's completions: for packages.
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 #[derive(Debug, Clone, Args)]

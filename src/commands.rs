@@ -11,6 +11,7 @@ pub mod dump_map;
 mod estimate;
 pub mod exec;
 pub mod explain;
+pub mod generate;
 #[cfg(feature = "mount")]
 pub mod mount;
 #[cfg(feature = "ebpf")]

@@ -39,6 +39,7 @@ pub mod snapshot;
 mod sys;
 #[cfg(feature = "ebpf")]
 pub mod tracker;
+pub mod version;
 pub mod warm;
 
 pub use aligned::AlignedBuffer;

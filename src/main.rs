@@ -38,6 +38,10 @@ fn main() -> ExitCode {
         #[cfg(feature = "mount")]
         Command::Mount(args) => commands::mount::run(&args, &notes, signals),
         Command::Warm(args) => commands::warm::run(&args, &notes, signals),
+        Command::Generate(args) => {
+            signals.unblock();
+            commands::generate::run(&args)
+        }
     };
     match result {
         Ok(exit) => exit.into(),

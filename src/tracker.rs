@@ -30,6 +30,7 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use abi::RawEvent;
+pub(crate) use abi::libbpf_version;
 pub use account::{Account, Accounts, ReadCost};
 pub use attach::AttachMode;
 pub use doctor::{Check, checks};

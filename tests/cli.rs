@@ -62,6 +62,32 @@ fn help_and_version_go_to_standard_output() {
 }
 
 #[test]
+fn the_version_names_revision_libbpf_and_the_oldest_kernel() {
+    let build = vmafx_bypass::version::build();
+    let short = format!("vmafx-bypass {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(run(&["-V"]).stdout, short.as_bytes());
+    let libbpf = match build.libbpf {
+        Some((major, minor)) => format!("libbpf {major}.{minor}"),
+        None => "no tracker".into(),
+    };
+    assert_eq!(build.libbpf.is_some(), cfg!(feature = "ebpf"));
+    let long = format!(
+        "vmafx-bypass {} ({}, {libbpf}, linux 5.15 or newer)\n",
+        env!("CARGO_PKG_VERSION"),
+        build.revision
+    );
+    assert_eq!(run(&["--version"]).stdout, long.as_bytes());
+    // Of a commit or, in a source archive, of none.
+    let commit = build.revision.split('-').next().unwrap();
+    let is_commit = commit.len() == 12 && commit.bytes().all(|b| b.is_ascii_hexdigit());
+    let given = option_env!("VMAFX_BYPASS_REVISION");
+    assert!(
+        is_commit || commit == "unknown" || given == Some(build.revision),
+        "{build}"
+    );
+}
+
+#[test]
 fn run_wants_an_opt_in_first() {
     let prefix = ["run", "--prefix", "/"];
     assert_fails(&run(&prefix), 3, "set VMAFX_EBPF_BYPASS=1");

@@ -100,6 +100,17 @@ unsafe impl Plain for vb_account {}
 // SAFETY: as above.
 unsafe impl Plain for vb_reads {}
 
+/// Which libbpf is linked: major and minor.
+pub(crate) fn libbpf_version() -> (u32, u32) {
+    // SAFETY: no arguments, no state: they return constants.
+    unsafe {
+        (
+            libbpf_rs::libbpf_sys::libbpf_major_version(),
+            libbpf_rs::libbpf_sys::libbpf_minor_version(),
+        )
+    }
+}
+
 /// The bytes of an ABI value, as a map's key or value.
 pub(super) fn bytes<T: Plain>(value: &T) -> &[u8] {
     // SAFETY: `Plain` above is only implemented for types without padding.

@@ -13,6 +13,7 @@ use nix::sys::statfs::{FsType, statfs};
 
 use super::TrackerError;
 use crate::privileges::Capabilities;
+use crate::version::KERNEL_FLOOR;
 
 pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 const TRACEFS: &str = "/sys/kernel/tracing";
@@ -21,9 +22,6 @@ const TRACEFS_IN_DEBUGFS: &str = "/sys/kernel/debug/tracing";
 const BPFFS: &str = "/sys/fs/bpf";
 /// linux/magic.h: BPF_FS_MAGIC.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
-
-/// The oldest kernel: bpf_task_pt_regs() came with it.
-const FLOOR: (u32, u32) = (5, 15);
 
 fn missing<T>(message: impl Into<String>) -> Result<T, TrackerError> {
     Err(TrackerError::Environment(message.into()))
@@ -59,7 +57,7 @@ pub(super) fn kernel() -> Result<String, TrackerError> {
         .release()
         .to_string_lossy()
         .into_owned();
-    if crate::sys::kernel_version() >= FLOOR {
+    if crate::sys::kernel_version() >= KERNEL_FLOOR {
         return Ok(format!("linux {release}"));
     }
     missing(format!("linux {release}: 5.15 or newer is needed"))
