@@ -10,16 +10,25 @@ LIBDIR ?= $(PREFIX)/lib
 FUZZ_SECONDS ?= 60
 export RCLONE_NEW := $(abspath $(CARGO_TARGET_DIR)/rclone-new/rclone)
 
-.PHONY: help setup build demo test test-vm test-unit torture soak mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale bench-micro fuzz deny install build-lib install-lib header clean
+.PHONY: help setup build static deb arm64 demo test test-vm test-unit torture soak mutants lint doc bench bench-tracker bench-exec bench-mount bench-scale bench-micro fuzz deny install uninstall build-lib install-lib header clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## install the Debian packages that are missing
 	scripts/setup.sh
 
 build: ## build the program, optimised
 	cargo build --release --locked
+
+static: ## build the program so that it needs the C library alone: target/static
+	scripts/static.sh
+
+deb: setup build ## make the Debian package: target/debian
+	scripts/deb.sh
+
+arm64: ## build the program for arm64; docs/INSTALL.md says what that needs
+	scripts/arm64.sh build --release --locked
 
 build-lib: ## build the library for C, shared and static, optimised
 	cargo build --release --locked -p vmafx-bypass-capi
@@ -92,8 +101,23 @@ fuzz: ## fuzz each parser for FUZZ_SECONDS (needs cargo-fuzz and g++)
 deny: ## check licences, bans and sources of dependencies (needs cargo-deny)
 	cargo deny --workspace --all-features check licenses bans sources
 
-install: build ## install the program
+SHARE := $(DESTDIR)$(PREFIX)/share
+BASH_COMPLETIONS := $(SHARE)/bash-completion/completions/vmafx-bypass
+ZSH_COMPLETIONS := $(SHARE)/zsh/site-functions/_vmafx-bypass
+FISH_COMPLETIONS := $(SHARE)/fish/vendor_completions.d/vmafx-bypass.fish
+
+install: build ## install the program, its man pages and completions: DESTDIR, PREFIX
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/vmafx-bypass
+	$(BIN) generate man $(SHARE)/man/man1
+	mkdir -p $(dir $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS))
+	$(BIN) generate completions bash >$(BASH_COMPLETIONS)
+	$(BIN) generate completions zsh >$(ZSH_COMPLETIONS)
+	$(BIN) generate completions fish >$(FISH_COMPLETIONS)
+
+uninstall: ## remove what `install` installed, by the same DESTDIR and PREFIX
+	rm -f $(DESTDIR)$(PREFIX)/bin/vmafx-bypass $(SHARE)/man/man1/vmafx-bypass.1 \
+	    $(SHARE)/man/man1/vmafx-bypass-*.1 \
+	    $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS)
 
 install-lib: build-lib ## install the library for C: DESTDIR, PREFIX, LIBDIR
 	DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' \

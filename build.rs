@@ -1,6 +1,9 @@
 //! Compiles the BPF programs and writes their skeleton into OUT_DIR; tells the
 //! revision.
 
+#[cfg(feature = "ebpf")]
+#[path = "build/clang.rs"]
+mod clang;
 #[path = "build/revision.rs"]
 mod revision;
 
@@ -40,8 +43,9 @@ mod bpf {
 
     use libbpf_cargo::SkeletonBuilder;
 
+    use super::clang::{FLAGS, SOURCE};
+
     const FOLDER: &str = "src/bpf";
-    const SOURCE: &str = "src/bpf/rclone_bypass.bpf.c";
 
     pub fn build() {
         let variable =
@@ -57,15 +61,11 @@ mod bpf {
         let skeleton = PathBuf::from(variable("OUT_DIR")).join("rclone_bypass.skel.rs");
         SkeletonBuilder::new()
             .source(SOURCE)
-            .clang_args([
-                OsStr::new("-I"),
-                vmlinux.as_os_str(),
-                // The newest instruction set that every supported kernel knows,
-                // named because clang's own default has changed before.
-                OsStr::new("-mcpu=v3"),
-                OsStr::new("-Wall"),
-                OsStr::new("-Werror"),
-            ])
+            .clang_args(
+                [OsStr::new("-I"), vmlinux.as_os_str()]
+                    .into_iter()
+                    .chain(FLAGS.map(OsStr::new)),
+            )
             .build_and_generate(&skeleton)
             .unwrap_or_else(|error| {
                 panic!(

