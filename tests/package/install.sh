@@ -50,6 +50,8 @@ same "$(within fish -c 'complete -C "vmafx-bypass read --engine "' | cut -f 1 | 
 
 for unit in vmafx-bypass.service vmafx-bypass.socket; do
     same "$(systemctl --root=/mnt/root is-enabled "$unit" || true)" disabled "$unit"
+    page=$(sed -n 's|^Documentation=.*file://||p' "/mnt/root/usr/lib/systemd/system/$unit")
+    [ -f "/mnt/root$page" ] || fail "$unit names $page, which is not there"
 done
 
 # An upgrade keeps what was set, and so does a removal.
