@@ -5,7 +5,7 @@
 #   clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev   the build
 #   rclone fuse3                                                the mounts
 #   ffmpeg                                                      the demo's clip
-#   python3 util-linux libcap2-bin bindfs strace stress-ng xfsprogs git sqlite3 rsync
+#   python3 util-linux libcap2-bin bindfs strace stress-ng xfsprogs git sqlite3 rsync tmux
 #   openssh-client openssh-sftp-server                          the tests
 #   g++ binutils valgrind golang-go                             the tests of the library for C
 #   chromium                                                    the tests of bench's page
@@ -26,7 +26,7 @@ packages=(
     clang libelf-dev zlib1g-dev pkg-config make gcc libc6-dev
     rclone fuse3
     ffmpeg
-    python3 util-linux libcap2-bin bindfs strace stress-ng xfsprogs git sqlite3 rsync
+    python3 util-linux libcap2-bin bindfs strace stress-ng xfsprogs git sqlite3 rsync tmux
     openssh-client openssh-sftp-server
     g++ binutils valgrind golang-go
     chromium

@@ -5,6 +5,8 @@ mod exec;
 mod generate;
 #[cfg(feature = "mount")]
 mod mount;
+#[cfg(feature = "top")]
+mod top;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,6 +18,8 @@ pub use exec::{ExecArgs, Snapshot};
 pub use generate::{GenerateArgs, Generated};
 #[cfg(feature = "mount")]
 pub use mount::{MountArgs, MountSnapshot, Passthrough};
+#[cfg(feature = "top")]
+pub use top::{TopArgs, TopView};
 use vmafx_bypass::handover::Owner;
 use vmafx_bypass::version;
 
@@ -74,6 +78,10 @@ pub enum Command {
     /// Write man pages, or a shell's completions: for packages.
     #[command(hide = true)]
     Generate(GenerateArgs),
+    /// Show live what a running `run` tracks: clips and processes, what of them is
+    /// cached, and what is read through FUSE.
+    #[cfg(feature = "top")]
+    Top(TopArgs),
 }
 
 #[derive(Debug, Clone, Args)]

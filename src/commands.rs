@@ -20,4 +20,6 @@ pub mod read;
 pub mod run;
 #[cfg(feature = "ebpf")]
 mod serve;
+#[cfg(feature = "top")]
+pub mod top;
 pub mod warm;

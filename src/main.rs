@@ -42,6 +42,8 @@ fn main() -> ExitCode {
             signals.unblock();
             commands::generate::run(&args)
         }
+        #[cfg(feature = "top")]
+        Command::Top(args) => commands::top::run(&args, signals),
     };
     match result {
         Ok(exit) => exit.into(),

@@ -39,7 +39,7 @@ impl Signals {
     }
 
     /// Blocks and takes some more; before any thread is started.
-    #[cfg(feature = "mount")]
+    #[cfg(any(feature = "mount", feature = "top"))]
     pub fn also(&mut self, signals: impl IntoIterator<Item = Signal>) {
         self.set.extend(signals);
         // As in `block`.

@@ -1,0 +1,223 @@
+//! `top` without a terminal: tables, or lines of JSON, one after the other.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use vmafx_bypass::tracker::DumpError;
+
+use super::columns::{Row, padded};
+use super::list::List;
+use super::look::Look;
+use super::model::{Clip, Process, Usage};
+use super::words;
+use crate::cli::{Format, TopView};
+use crate::output::{self, JsonPath, SCHEMA, losses_json, write_json};
+
+/// Prints what was seen.
+pub struct Lines<W: Write> {
+    out: W,
+    format: Format,
+    view: TopView,
+    /// The last look that there was something.
+    last: Option<Look>,
+    gone: bool,
+}
+
+impl<W: Write> Lines<W> {
+    pub fn begin(mut out: W, format: Format, view: TopView) -> io::Result<Self> {
+        if format == Format::Json {
+            write_json(
+                &mut out,
+                &serde_json::json!({"schema": SCHEMA, "stream": "top"}),
+            )?;
+            out.flush()?;
+        }
+        Ok(Self {
+            out,
+            format,
+            view,
+            last: None,
+            gone: false,
+        })
+    }
+
+    /// Prints a look, or once that there is nothing to see any more. Whether it
+    /// was a look.
+    pub fn print(&mut self, look: Result<Look, DumpError>) -> io::Result<bool> {
+        let is_look = look.is_ok();
+        match look {
+            Ok(look) => {
+                match self.format {
+                    Format::Json => write_json(&mut self.out, &JsonLook::of(&look))?,
+                    Format::Text => self.table(&look)?,
+                }
+                self.last = Some(look);
+            }
+            Err(gone) if !self.gone => match (self.format, &self.last) {
+                (Format::Json, _) => {
+                    let ts = output::time(std::time::SystemTime::now());
+                    let line = serde_json::json!({
+                        "event": "gone", "ts": ts, "reason": gone.to_string(),
+                    });
+                    write_json(&mut self.out, &line)?;
+                }
+                (Format::Text, Some(last)) => {
+                    writeln!(self.out, "{}", words::owner(last, Some(&gone)).0)?;
+                }
+                (Format::Text, None) => writeln!(self.out, "{gone}")?,
+            },
+            Err(_) => {}
+        }
+        self.gone = !is_look;
+        self.out.flush()?;
+        Ok(is_look)
+    }
+
+    fn table(&mut self, look: &Look) -> io::Result<()> {
+        let at = humantime::format_rfc3339_millis(look.at);
+        let picture = &look.picture;
+        let (clips, processes) = (picture.clips.len(), picture.processes.len());
+        writeln!(self.out, "{at} {}", words::owner(look, None).0)?;
+        writeln!(self.out, "{}", words::amount(look, clips, processes))?;
+        writeln!(self.out, "{}", words::reads(picture.usage))?;
+        match self.view {
+            TopView::Clips => self.rows(picture.clips.clone())?,
+            TopView::Processes => self.rows(picture.processes.clone())?,
+        }
+        writeln!(self.out)
+    }
+
+    fn rows<R: Row>(&mut self, rows: Vec<R>) -> io::Result<()> {
+        let line = |text: &dyn Fn(usize) -> String| {
+            let cells = R::COLUMNS.iter().enumerate();
+            let cells: Vec<String> = cells
+                .map(|(index, column)| padded(&text(index), column.width, column.right))
+                .collect();
+            cells.join(" ")
+        };
+        let names = line(&|index| R::COLUMNS[index].name.to_owned());
+        writeln!(self.out, "{names}")?;
+        for row in List::of(rows).shown() {
+            writeln!(self.out, "{}", line(&|index| (R::COLUMNS[index].text)(row)))?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct JsonLook {
+    event: &'static str,
+    ts: String,
+    owner: JsonOwner,
+    complete: bool,
+    losses: serde_json::Map<String, serde_json::Value>,
+    descriptors: usize,
+    usage: Option<JsonUsage>,
+    clips: Vec<JsonClip>,
+    processes: Vec<JsonProcess>,
+}
+
+#[derive(Serialize)]
+struct JsonOwner {
+    pid: u32,
+    alive: bool,
+    since: String,
+}
+
+/// In all since `run` counts, and a second since the last look.
+#[derive(Serialize)]
+struct JsonUsage {
+    reads: u64,
+    bytes: u64,
+    ns: u64,
+    reads_per_s: Option<f64>,
+    bytes_per_s: Option<f64>,
+    ns_per_s: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct JsonClip {
+    #[serde(flatten)]
+    path: JsonPath,
+    dev: String,
+    ino: u64,
+    size: Option<u64>,
+    cached_bytes: Option<u64>,
+    /// Null: not estimated yet.
+    state: Option<&'static str>,
+    descriptors: u32,
+    pids: Vec<u32>,
+    usage: Option<JsonUsage>,
+}
+
+#[derive(Serialize)]
+struct JsonProcess {
+    pid: u32,
+    comm: String,
+    descriptors: u32,
+    clips: u32,
+    usage: Option<JsonUsage>,
+}
+
+impl JsonLook {
+    fn of(look: &Look) -> Self {
+        let picture = &look.picture;
+        Self {
+            event: "look",
+            ts: output::time(look.at),
+            owner: JsonOwner {
+                pid: look.owner.pid,
+                alive: look.owner.alive,
+                since: output::time(look.owner.since),
+            },
+            complete: look.complete,
+            losses: losses_json(&look.losses),
+            descriptors: picture.fds,
+            usage: picture.usage.map(JsonUsage::of),
+            clips: picture.clips.iter().map(JsonClip::of).collect(),
+            processes: picture.processes.iter().map(JsonProcess::of).collect(),
+        }
+    }
+}
+
+impl JsonUsage {
+    fn of(usage: Usage) -> Self {
+        Self {
+            reads: usage.total.reads,
+            bytes: usage.total.bytes,
+            ns: usage.total.ns,
+            reads_per_s: usage.rate.map(|r| r.reads),
+            bytes_per_s: usage.rate.map(|r| r.bytes),
+            ns_per_s: usage.rate.map(|r| r.ns),
+        }
+    }
+}
+
+impl JsonClip {
+    fn of(clip: &Clip) -> Self {
+        let facts = &clip.facts;
+        Self {
+            path: JsonPath::new(facts.path.as_deref()),
+            dev: clip.id.dev.to_string(),
+            ino: clip.id.ino,
+            size: facts.size,
+            cached_bytes: facts.cached,
+            state: (!facts.state.is_empty()).then_some(facts.state),
+            descriptors: clip.fds,
+            pids: clip.pids.clone(),
+            usage: clip.usage.map(JsonUsage::of),
+        }
+    }
+}
+
+impl JsonProcess {
+    fn of(process: &Process) -> Self {
+        Self {
+            pid: process.pid,
+            comm: process.comm.clone(),
+            descriptors: process.fds,
+            clips: process.clips,
+            usage: process.usage.map(JsonUsage::of),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Looks at what a running `run` has: its pinned maps, and rclone's metadata.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use vmafx_bypass::mounts::{Dev, MountTable};
+use vmafx_bypass::tracker::{Dump, DumpError, Losses, Owner, dump};
+
+use super::model::{ClipId, Facts, Fd, Meter, Picture, Sample};
+use crate::commands::estimate::{self, Estimator};
+use crate::output::escape;
+
+/// How old an estimate may be.
+const ESTIMATE_AGE: Duration = Duration::from_secs(2);
+/// How long a look may estimate: of many clips the others have to wait for the
+/// next one.
+const ESTIMATE_TIME: Duration = Duration::from_millis(250);
+
+/// What was seen.
+#[derive(Debug, Clone)]
+pub struct Look {
+    pub at: SystemTime,
+    pub owner: Owner,
+    pub complete: bool,
+    /// Whether no reconciliation was under way.
+    pub settled: bool,
+    pub losses: Losses,
+    /// Where there are open clips.
+    pub mounts: Vec<PathBuf>,
+    pub picture: Picture,
+}
+
+/// A clip that was seen at the last look.
+#[derive(Debug)]
+struct Known {
+    facts: Facts,
+    /// When the descriptor was made that told the size last.
+    opened_at: SystemTime,
+    estimated: Option<Instant>,
+    seen: u64,
+}
+
+/// Looks, and keeps what the next look needs.
+pub struct Looker {
+    pin_dir: PathBuf,
+    estimator: Estimator,
+    meter: Meter,
+    known: HashMap<ClipId, Known>,
+    looks: u64,
+}
+
+impl Looker {
+    pub fn new(pin_dir: PathBuf) -> Self {
+        Self {
+            pin_dir,
+            estimator: Estimator::default(),
+            meter: Meter::default(),
+            known: HashMap::new(),
+            looks: 0,
+        }
+    }
+
+    /// Looks once. 100,000 descriptors take a third of a second.
+    pub fn look(&mut self) -> Result<Look, DumpError> {
+        let dump = dump(&self.pin_dir)?;
+        let at = Instant::now();
+        self.looks += 1;
+        let fds = dump.entries.iter().map(|entry| Fd {
+            pid: entry.pid,
+            comm: escape(&entry.comm),
+            clip: ClipId {
+                dev: entry.dev,
+                ino: entry.ino,
+            },
+        });
+        let fds: Vec<Fd> = fds.collect();
+        self.learn(&dump);
+        self.estimate();
+        let facts = self.known.iter().map(|(id, k)| (*id, k.facts.clone()));
+        let sample = Sample {
+            at,
+            owner: (dump.owner.pid, dump.owner.since),
+            fds,
+            facts: facts.collect(),
+            accounts: None,
+        };
+        Ok(Look {
+            at: SystemTime::now(),
+            complete: dump.complete(),
+            settled: dump.settled,
+            mounts: mounts(&dump),
+            owner: dump.owner,
+            losses: dump.losses,
+            picture: self.meter.picture(&sample),
+        })
+    }
+
+    /// Takes clips from a dump, and forgets those that are not in it.
+    fn learn(&mut self, dump: &Dump) {
+        for entry in &dump.entries {
+            let id = ClipId {
+                dev: entry.dev,
+                ino: entry.ino,
+            };
+            let known = self.known.entry(id).or_insert_with(Known::new);
+            known.seen = self.looks;
+            if known.facts.path.is_none() {
+                known.facts.path.clone_from(&entry.path);
+            }
+            // The last open tells the size as it is now.
+            if known.facts.size.is_none() || entry.opened_at > known.opened_at {
+                if known.facts.size != Some(entry.size) {
+                    known.estimated = None;
+                }
+                known.facts.size = Some(entry.size);
+                known.opened_at = entry.opened_at;
+            }
+        }
+        self.known.retain(|_, known| known.seen == self.looks);
+    }
+
+    /// Estimates those that were not for longest, as long as there is time.
+    fn estimate(&mut self) {
+        let started = Instant::now();
+        let is_due = |known: &Known| {
+            known
+                .estimated
+                .is_none_or(|at| at.elapsed() >= ESTIMATE_AGE)
+        };
+        let mut due: Vec<_> = self.known.iter_mut().filter(|(_, k)| is_due(k)).collect();
+        due.sort_by_key(|(_, known)| known.estimated);
+        for (id, known) in due {
+            let (path, size) = (known.facts.path.as_deref(), known.facts.size.unwrap_or(0));
+            let estimate = self.estimator.estimate(id.dev, path, size);
+            known.facts.cached = estimate.cached_bytes;
+            known.facts.state = estimate::state(&estimate);
+            known.estimated = Some(Instant::now());
+            if started.elapsed() >= ESTIMATE_TIME {
+                return;
+            }
+        }
+    }
+}
+
+impl Known {
+    fn new() -> Self {
+        Self {
+            facts: Facts::default(),
+            opened_at: SystemTime::UNIX_EPOCH,
+            estimated: None,
+            seen: 0,
+        }
+    }
+}
+
+/// Where the superblocks that have open clips are mounted.
+fn mounts(dump: &Dump) -> Vec<PathBuf> {
+    let mut clips: BTreeMap<Dev, &Path> = BTreeMap::new();
+    for entry in &dump.entries {
+        if let Some(path) = &entry.path {
+            clips.entry(entry.dev).or_insert(path);
+        }
+    }
+    // Without a table there is no mount to name.
+    let table = MountTable::read().unwrap_or_default();
+    let of = |(dev, path): (Dev, &Path)| {
+        let mut mounts = table.iter().filter(|mount| mount.dev == dev);
+        let mount = mounts.rfind(|mount| path.starts_with(&mount.point))?;
+        Some(mount.point.clone())
+    };
+    clips.into_iter().filter_map(of).collect()
+}

@@ -1,0 +1,423 @@
+//! What `top` shows, made of what was seen: pure.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::AddAssign;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+use vmafx_bypass::mounts::Dev;
+
+/// A clip, whatever it is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClipId {
+    pub dev: Dev,
+    pub ino: u64,
+}
+
+/// A tracked descriptor.
+#[derive(Debug, Clone)]
+pub struct Fd {
+    pub pid: u32,
+    pub comm: String,
+    pub clip: ClipId,
+}
+
+/// What is known of a clip beside its descriptors.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    /// `None`: it got lost.
+    pub path: Option<PathBuf>,
+    /// FUSE's size, bytes.
+    pub size: Option<u64>,
+    /// An estimate, as in `dump-map`; `None`: not known, or not estimated yet.
+    pub cached: Option<u64>,
+    /// Likewise; empty: not estimated yet.
+    pub state: &'static str,
+}
+
+/// Reads through FUSE.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub reads: u64,
+    pub bytes: u64,
+    /// Spent in them.
+    pub ns: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.reads = self.reads.saturating_add(other.reads);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.ns = self.ns.saturating_add(other.ns);
+    }
+}
+
+impl Counts {
+    /// What was counted since `before`: all, where counting has begun anew.
+    fn since(self, before: Self) -> Self {
+        if self.reads < before.reads || self.bytes < before.bytes || self.ns < before.ns {
+            return self;
+        }
+        Self {
+            reads: self.reads - before.reads,
+            bytes: self.bytes - before.bytes,
+            ns: self.ns - before.ns,
+        }
+    }
+}
+
+/// What a process has read of a clip since `run` counts.
+#[derive(Debug, Clone)]
+pub struct Account {
+    pub pid: u32,
+    pub comm: String,
+    pub clip: ClipId,
+    pub total: Counts,
+}
+
+/// What was read: in all, and a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    pub total: Counts,
+    /// `None` at the first look.
+    pub rate: Option<Rate>,
+}
+
+/// What was read, a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Rate {
+    pub reads: f64,
+    pub bytes: f64,
+    /// Nanoseconds in reads, by all threads together.
+    pub ns: f64,
+}
+
+impl Rate {
+    fn of(counts: Counts, elapsed: Duration) -> Self {
+        // Two looks are never at the same time; no division by zero if they were.
+        let seconds = elapsed.as_secs_f64().max(1e-9);
+        Self {
+            reads: counts.reads as f64 / seconds,
+            bytes: counts.bytes as f64 / seconds,
+            ns: counts.ns as f64 / seconds,
+        }
+    }
+
+    /// The share of the time that was spent in reads; over 1 by several threads.
+    pub fn busy(self) -> f64 {
+        self.ns / 1e9
+    }
+}
+
+/// What `run` was seen to have.
+#[derive(Debug)]
+pub struct Sample {
+    pub at: Instant,
+    /// Whose counters these are: pid and start.
+    pub owner: (u32, SystemTime),
+    pub fds: Vec<Fd>,
+    pub facts: HashMap<ClipId, Facts>,
+    /// `None`: it does not count.
+    pub accounts: Option<Vec<Account>>,
+}
+
+/// A clip's row.
+#[derive(Debug, Clone)]
+pub struct Clip {
+    pub id: ClipId,
+    pub facts: Facts,
+    pub fds: u32,
+    /// Who has it open, or read it since the last look; in order.
+    pub pids: Vec<u32>,
+    /// `None`: not counted.
+    pub usage: Option<Usage>,
+}
+
+/// A process's row.
+#[derive(Debug, Clone)]
+pub struct Process {
+    pub pid: u32,
+    pub comm: String,
+    pub fds: u32,
+    pub clips: u32,
+    pub usage: Option<Usage>,
+}
+
+/// All rows, by their keys, and what they sum up to.
+#[derive(Debug, Clone, Default)]
+pub struct Picture {
+    pub clips: Vec<Clip>,
+    pub processes: Vec<Process>,
+    pub fds: usize,
+    pub usage: Option<Usage>,
+}
+
+/// The counters of the look before, of which rates are made.
+#[derive(Debug, Default)]
+pub struct Meter(Option<Before>);
+
+#[derive(Debug)]
+struct Before {
+    at: Instant,
+    owner: (u32, SystemTime),
+    totals: HashMap<(u32, ClipId), Counts>,
+}
+
+/// Counters of one process and clip: in all, and since the look before.
+type Measured<'a> = (&'a Account, Option<Counts>);
+
+impl Meter {
+    /// Makes the rows of a sample; the next one's rates are from here.
+    pub fn picture(&mut self, sample: &Sample) -> Picture {
+        let before = self.0.take().filter(|b| b.owner == sample.owner);
+        let elapsed = before
+            .as_ref()
+            .map(|b| sample.at.saturating_duration_since(b.at));
+        let Some(accounts) = &sample.accounts else {
+            return rows(sample, &[], None, false);
+        };
+        let measured: Vec<Measured> = accounts
+            .iter()
+            .map(|account| {
+                let since = before.as_ref().map(|before| {
+                    let key = (account.pid, account.clip);
+                    // Who was not counted before has read all of it since.
+                    let then = before.totals.get(&key).copied().unwrap_or_default();
+                    account.total.since(then)
+                });
+                (account, since)
+            })
+            .collect();
+        let picture = rows(sample, &measured, elapsed, true);
+        let totals = accounts.iter().map(|a| ((a.pid, a.clip), a.total));
+        self.0 = Some(Before {
+            at: sample.at,
+            owner: sample.owner,
+            totals: totals.collect(),
+        });
+        picture
+    }
+}
+
+/// What gathers in a row.
+#[derive(Default)]
+struct Gathered {
+    comm: String,
+    fds: u32,
+    total: Counts,
+    since: Counts,
+}
+
+impl Gathered {
+    fn add(&mut self, total: Counts, since: Option<Counts>) {
+        self.total += total;
+        self.since += since.unwrap_or_default();
+    }
+
+    fn usage(&self, elapsed: Option<Duration>) -> Usage {
+        Usage {
+            total: self.total,
+            rate: elapsed.map(|elapsed| Rate::of(self.since, elapsed)),
+        }
+    }
+}
+
+fn rows(
+    sample: &Sample,
+    measured: &[Measured],
+    elapsed: Option<Duration>,
+    counted: bool,
+) -> Picture {
+    let mut clips: BTreeMap<ClipId, Gathered> = BTreeMap::new();
+    let mut processes: BTreeMap<u32, Gathered> = BTreeMap::new();
+    let mut pairs: Vec<(ClipId, u32)> = Vec::new();
+    for fd in &sample.fds {
+        clips.entry(fd.clip).or_default().fds += 1;
+        let process = processes.entry(fd.pid).or_default();
+        process.fds += 1;
+        if process.comm.is_empty() {
+            process.comm.clone_from(&fd.comm);
+        }
+        pairs.push((fd.clip, fd.pid));
+    }
+    let mut all = Gathered::default();
+    for (account, since) in measured {
+        all.add(account.total, *since);
+        // Closed, and read since the look before: shown once more.
+        let active = since.is_some_and(|counts| counts.reads > 0);
+        if active || clips.contains_key(&account.clip) {
+            let clip = clips.entry(account.clip).or_default();
+            clip.add(account.total, *since);
+        }
+        if active || processes.contains_key(&account.pid) {
+            let process = processes.entry(account.pid).or_default();
+            process.add(account.total, *since);
+            if process.comm.is_empty() {
+                process.comm.clone_from(&account.comm);
+            }
+        }
+        if active {
+            pairs.push((account.clip, account.pid));
+        }
+    }
+    pairs.sort_unstable();
+    pairs.dedup();
+    let mut count: HashMap<u32, u32> = HashMap::new();
+    for (_, pid) in &pairs {
+        *count.entry(*pid).or_default() += 1;
+    }
+    let usage = |gathered: &Gathered| counted.then(|| gathered.usage(elapsed));
+    // Both are in order.
+    let mut pairs = pairs.into_iter().peekable();
+    let clips = clips.into_iter().map(|(id, gathered)| {
+        let mut pids = Vec::new();
+        while let Some((_, pid)) = pairs.next_if(|(clip, _)| *clip == id) {
+            pids.push(pid);
+        }
+        Clip {
+            id,
+            facts: sample.facts.get(&id).cloned().unwrap_or_default(),
+            fds: gathered.fds,
+            pids,
+            usage: usage(&gathered),
+        }
+    });
+    let clips = clips.collect();
+    let processes = processes.into_iter().map(|(pid, gathered)| Process {
+        pid,
+        fds: gathered.fds,
+        clips: count.get(&pid).copied().unwrap_or(0),
+        usage: usage(&gathered),
+        comm: gathered.comm,
+    });
+    Picture {
+        clips,
+        processes: processes.collect(),
+        fds: sample.fds.len(),
+        usage: usage(&all),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub fn clip(ino: u64) -> ClipId {
+        let dev = Dev::new(0, 50);
+        ClipId { dev, ino }
+    }
+
+    fn fd(pid: u32, ino: u64) -> Fd {
+        Fd {
+            pid,
+            comm: format!("p{pid}"),
+            clip: clip(ino),
+        }
+    }
+
+    fn account(pid: u32, ino: u64, reads: u64, bytes: u64, ns: u64) -> Account {
+        Account {
+            pid,
+            comm: format!("p{pid}"),
+            clip: clip(ino),
+            total: Counts { reads, bytes, ns },
+        }
+    }
+
+    fn sample(start: Instant, ms: u64, fds: Vec<Fd>, accounts: Option<Vec<Account>>) -> Sample {
+        let facts = Facts {
+            path: Some("/m/a".into()),
+            ..Facts::default()
+        };
+        Sample {
+            at: start + Duration::from_millis(ms),
+            owner: (1, SystemTime::UNIX_EPOCH),
+            fds,
+            facts: HashMap::from([(clip(1), facts)]),
+            accounts,
+        }
+    }
+
+    #[test]
+    fn descriptors_become_rows_of_clips_and_of_processes() {
+        let fds = vec![fd(7, 2), fd(5, 1), fd(7, 1), fd(7, 1)];
+        let picture = Meter::default().picture(&sample(Instant::now(), 0, fds, None));
+        let clips: Vec<_> = picture
+            .clips
+            .iter()
+            .map(|c| (c.id.ino, c.fds, c.pids.clone(), c.facts.path.is_some()))
+            .collect();
+        assert_eq!(clips, [(1, 3, vec![5, 7], true), (2, 1, vec![7], false)]);
+        let processes: Vec<_> = picture
+            .processes
+            .iter()
+            .map(|p| (p.pid, &*p.comm, p.fds, p.clips))
+            .collect();
+        assert_eq!(processes, [(5, "p5", 1, 1), (7, "p7", 3, 2)]);
+        assert_eq!(picture.fds, 4);
+        assert!(picture.usage.is_none() && picture.clips[0].usage.is_none());
+    }
+
+    #[test]
+    fn rates_are_what_two_looks_differ_by() {
+        let (mut meter, start) = (Meter::default(), Instant::now());
+        let accounts = vec![account(5, 1, 10, 1_000, 100), account(7, 1, 1, 1, 1)];
+        let first = meter.picture(&sample(start, 0, vec![fd(5, 1)], Some(accounts)));
+        let usage = first.clips[0].usage.unwrap();
+        assert_eq!(usage.total.bytes, 1_001);
+        assert_eq!(usage.rate, None, "nothing to compare with");
+
+        let accounts = vec![
+            account(5, 1, 30, 5_000, 1_000_000_100),
+            account(7, 1, 1, 1, 1),
+            // Not counted before; and it has closed the clip.
+            account(9, 2, 4, 400, 40),
+            // Counted anew, since this pid is another process's.
+            account(5, 3, 2, 200, 20),
+        ];
+        let second = meter.picture(&sample(start, 2_000, vec![fd(5, 1)], Some(accounts)));
+        let rate = |usage: Option<Usage>| usage.unwrap().rate.unwrap();
+        let shown: Vec<_> = second
+            .clips
+            .iter()
+            .map(|c| (c.id.ino, c.fds, c.pids.clone(), rate(c.usage).bytes))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                (1, 1, vec![5], 2_000.0),
+                (2, 0, vec![9], 200.0),
+                (3, 0, vec![5], 100.0)
+            ]
+        );
+        let first = rate(second.clips[0].usage);
+        assert_eq!((first.reads, first.busy()), (10.0, 0.5));
+        let pids: Vec<_> = second.processes.iter().map(|p| p.pid).collect();
+        assert_eq!(
+            pids,
+            [5, 9],
+            "who neither reads nor has a clip is not shown"
+        );
+        assert_eq!(rate(second.usage).bytes, 2_300.0);
+    }
+
+    #[test]
+    fn counters_that_begin_anew_are_no_negative_rates() {
+        let (mut meter, start) = (Meter::default(), Instant::now());
+        let look = |ms, bytes| {
+            let accounts = vec![account(5, 1, bytes, bytes, bytes)];
+            sample(start, ms, vec![fd(5, 1)], Some(accounts))
+        };
+        meter.picture(&look(0, 1_000));
+        let anew = meter.picture(&look(1_000, 10));
+        assert_eq!(anew.usage.unwrap().rate.unwrap().bytes, 10.0);
+        // Another `run` counts from nothing, too, and nothing tells since when.
+        let mut other = look(2_000, 5_000);
+        other.owner.0 = 2;
+        assert_eq!(meter.picture(&other).usage.unwrap().rate, None);
+        // As long as nothing is counted there is nothing to compare with.
+        meter.picture(&sample(start, 3_000, vec![], None));
+        let again = meter.picture(&look(4_000, 9_000));
+        assert_eq!(again.usage.unwrap().rate, None);
+    }
+}
