@@ -316,6 +316,30 @@ fn the_terminal_is_given_back_however_it_ends() {
     assert_eq!(terminal.modes("after"), before);
 }
 
+#[test]
+fn a_mount_that_hangs_holds_neither_keys_nor_the_end() {
+    let rig = clips();
+    let tracking = Tracking::start(&rig.mountpoint(), &[]);
+    let worker = opener(&rig, &["cached.y4m"]);
+    let daemon = Pid::from_raw(rig.daemon().unwrap() as i32);
+    kill(daemon, Signal::SIGSTOP).unwrap();
+    let terminal = Terminal::start("hangs");
+    terminal.top(&tracking.pin_dir, "");
+    terminal.shows("the estimate", |s| {
+        line_of(s, "/cached.y4m").contains("active")
+    });
+    terminal.keys("e");
+    terminal.has("asking; FUSE may take its time");
+    terminal.keys("Escape");
+    terminal.shows("the rows", |s| !s.contains("asking"));
+    terminal.keys("e");
+    terminal.has("asking; FUSE may take its time");
+    terminal.keys("C-c");
+    terminal.ended_with("0");
+    kill(daemon, Signal::SIGCONT).unwrap();
+    worker.end();
+}
+
 fn spawn(pin_dir: &Path, args: &[&str]) -> Child {
     program()
         .args(["top", "--interval", "100ms", "--pin-dir"])
@@ -400,6 +424,93 @@ fn without_a_terminal_it_prints_what_it_sees() {
     let status = child.wait().unwrap();
     assert_eq!((status.code(), status.signal()), (Some(143), None));
     drop(closed);
+}
+
+#[test]
+fn what_is_read_through_fuse_is_shown_a_second_and_in_all() {
+    let rig = clips();
+    let tracking = Tracking::start(&rig.mountpoint(), &["--account"]);
+    let script = "def read():\n while True: os.pread(fd,65536,0); time.sleep(0.001)\n\
+                  fd=os.open('cold.y4m',os.O_RDONLY); step()\n\
+                  for i in range(10): os.pread(fd,4096,4096*i)\n\
+                  other=os.open('cached.y4m',os.O_RDONLY); os.pread(other,1000,0)\n\
+                  os.close(other); step()\n\
+                  threading.Thread(target=read,daemon=True).start()";
+    let mut worker = Worker::start(&rig.mountpoint(), script, &[]);
+    let mut child = spawn(&tracking.pin_dir, &["--format", "json"]);
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut looks = lines
+        .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap())
+        .skip(1);
+    let first = looks.next().unwrap();
+    let nothing = serde_json::json!({
+        "reads": 0, "read_bytes": 0, "read_ns": 0,
+        "reads_per_s": null, "read_bytes_per_s": null, "read_ns_per_s": null,
+    });
+    assert_eq!(first["clips"][0]["account"], nothing);
+    worker.proceed();
+    let of = |look: &Value, name: &str| {
+        let clips = look["clips"].as_array().unwrap();
+        let clip = clips
+            .iter()
+            .find(|c| c["path"].as_str().unwrap().ends_with(name));
+        clip.cloned().unwrap_or_default()
+    };
+    // Looks while it reads may each have some of it.
+    let (mut cached, mut reads) = (Value::Null, 0.0);
+    let last = looks.by_ref().find(|look| {
+        let cold = of(look, "cold.y4m");
+        reads += cold["account"]["reads_per_s"].as_f64().unwrap();
+        if of(look, "cached.y4m") != Value::Null {
+            cached = of(look, "cached.y4m");
+        }
+        cold["account"]["reads"] == 10 && cached != Value::Null
+    });
+    let cold = of(&last.unwrap(), "cold.y4m");
+    assert_eq!(cold["account"]["read_bytes"], 40_960);
+    assert!(
+        cold["account"]["read_ns"].as_u64().unwrap() > 0 && reads > 0.0,
+        "{cold}"
+    );
+    // Closed again, and still told of once, with all that is known of it.
+    assert_eq!(
+        (&cached["descriptors"], &cached["size"]),
+        (&0.into(), &300_000.into())
+    );
+    assert_eq!(
+        (&cached["account"]["reads"], &cached["state"]),
+        (&1.into(), &"active".into())
+    );
+    let after = looks.next().unwrap();
+    assert_eq!(of(&after, "cached.y4m"), Value::Null);
+    assert_eq!(of(&after, "cold.y4m")["account"]["reads_per_s"], 0.0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    // In the view, while somebody reads without an end.
+    worker.proceed();
+    let terminal = Terminal::start("reads");
+    terminal.top(&tracking.pin_dir, "--interval 100ms");
+    let row = format!(
+        r"/{}/mount/cold.y4m",
+        rig.folder().file_name().unwrap().display()
+    );
+    terminal.resize(160, 10);
+    let screen = terminal.shows("rates", |s| {
+        s.contains(" of the time")
+            && line_of(s, &row).contains(" KiB ")
+            && line_of(s, &row).contains("% ")
+    });
+    assert!(!line_of(&screen, &row).contains(" - "), "{screen}");
+    terminal.keys("Tab");
+    let screen = terminal.has("COMMAND");
+    let row = line_of(&screen, "python3");
+    assert!(
+        row.contains("iB") && row.contains('%') && row.contains(" s "),
+        "{screen}"
+    );
+    terminal.keys("q");
+    terminal.ended_with("0");
 }
 
 #[test]

@@ -22,7 +22,7 @@ use ratatui::crossterm::terminal;
 use vmafx_bypass::tracker::DumpError;
 
 use self::lines::Lines;
-use self::look::{Look, Looker};
+use self::look::{Look, Looker, Watched};
 use crate::cli::{Format, TopArgs};
 use crate::exit::{Coded, Exit};
 use crate::signals::{Interrupted, Signals};
@@ -63,7 +63,8 @@ pub fn run(args: &TopArgs, mut signals: Signals) -> Result<Exit> {
             let _ = terminal::disable_raw_mode();
         }
     });
-    let mut looker = Looker::new(args.pin_dir.clone());
+    let watched = Watched::default();
+    let mut looker = Looker::new(args.pin_dir.clone(), watched.clone());
     let first = looker
         .look()
         .map_err(|e| Coded::error(Exit::Environment, e.to_string()))?;
@@ -75,7 +76,14 @@ pub fn run(args: &TopArgs, mut signals: Signals) -> Result<Exit> {
     if args.count.is_some() || args.format == Format::Json || dumb || !io::stdout().is_terminal() {
         return print(args, first, &messages, &interrupted);
     }
-    screen::show(args.view, first, (&sender, &messages), &pause, &interrupted)
+    let looking = screen::Looking { watched, pause };
+    screen::show(
+        args.view,
+        first,
+        (&sender, &messages),
+        &looking,
+        &interrupted,
+    )
 }
 
 /// Starts a thread that ends with the program, or else says so.

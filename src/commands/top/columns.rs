@@ -381,8 +381,9 @@ pub fn padded(text: &str, cells: usize, right: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::top::model::{Counts, Facts};
+    use crate::commands::top::model::Facts;
     use vmafx_bypass::mounts::Dev;
+    use vmafx_bypass::tracker::ReadCost;
 
     fn clip(cached: Option<u64>, size: u64) -> Clip {
         Clip {
@@ -451,7 +452,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_a_dash_and_comes_last() {
         let with = |bytes: f64| Usage {
-            total: Counts {
+            total: ReadCost {
                 reads: 1,
                 bytes: 1,
                 ns: 90_000_000_000,

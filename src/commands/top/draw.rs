@@ -110,7 +110,7 @@ fn header_lines<'a>(app: &App, theme: Theme) -> Vec<Line<'a>> {
     vec![
         Line::styled(owner, theme.style(tone)),
         Line::raw(words::amount(&app.look, clips, processes)),
-        Line::raw(words::reads(app.look.picture.usage)),
+        Line::raw(words::reads(&app.look.picture)),
     ]
 }
 

@@ -79,7 +79,7 @@ impl<W: Write> Lines<W> {
         let (clips, processes) = (picture.clips.len(), picture.processes.len());
         writeln!(self.out, "{at} {}", words::owner(look, None).0)?;
         writeln!(self.out, "{}", words::amount(look, clips, processes))?;
-        writeln!(self.out, "{}", words::reads(picture.usage))?;
+        writeln!(self.out, "{}", words::reads(picture))?;
         match self.view {
             TopView::Clips => self.rows(picture.clips.clone())?,
             TopView::Processes => self.rows(picture.processes.clone())?,
@@ -112,7 +112,7 @@ struct JsonLook {
     complete: bool,
     losses: serde_json::Map<String, serde_json::Value>,
     descriptors: usize,
-    usage: Option<JsonUsage>,
+    account: Option<JsonUsage>,
     clips: Vec<JsonClip>,
     processes: Vec<JsonProcess>,
 }
@@ -128,11 +128,11 @@ struct JsonOwner {
 #[derive(Serialize)]
 struct JsonUsage {
     reads: u64,
-    bytes: u64,
-    ns: u64,
+    read_bytes: u64,
+    read_ns: u64,
     reads_per_s: Option<f64>,
-    bytes_per_s: Option<f64>,
-    ns_per_s: Option<f64>,
+    read_bytes_per_s: Option<f64>,
+    read_ns_per_s: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -147,7 +147,7 @@ struct JsonClip {
     state: Option<&'static str>,
     descriptors: u32,
     pids: Vec<u32>,
-    usage: Option<JsonUsage>,
+    account: Option<JsonUsage>,
 }
 
 #[derive(Serialize)]
@@ -156,7 +156,7 @@ struct JsonProcess {
     comm: String,
     descriptors: u32,
     clips: u32,
-    usage: Option<JsonUsage>,
+    account: Option<JsonUsage>,
 }
 
 impl JsonLook {
@@ -173,7 +173,7 @@ impl JsonLook {
             complete: look.complete,
             losses: losses_json(&look.losses),
             descriptors: picture.fds,
-            usage: picture.usage.map(JsonUsage::of),
+            account: picture.usage.map(JsonUsage::of),
             clips: picture.clips.iter().map(JsonClip::of).collect(),
             processes: picture.processes.iter().map(JsonProcess::of).collect(),
         }
@@ -184,11 +184,11 @@ impl JsonUsage {
     fn of(usage: Usage) -> Self {
         Self {
             reads: usage.total.reads,
-            bytes: usage.total.bytes,
-            ns: usage.total.ns,
+            read_bytes: usage.total.bytes,
+            read_ns: usage.total.ns,
             reads_per_s: usage.rate.map(|r| r.reads),
-            bytes_per_s: usage.rate.map(|r| r.bytes),
-            ns_per_s: usage.rate.map(|r| r.ns),
+            read_bytes_per_s: usage.rate.map(|r| r.bytes),
+            read_ns_per_s: usage.rate.map(|r| r.ns),
         }
     }
 }
@@ -205,7 +205,7 @@ impl JsonClip {
             state: (!facts.state.is_empty()).then_some(facts.state),
             descriptors: clip.fds,
             pids: clip.pids.clone(),
-            usage: clip.usage.map(JsonUsage::of),
+            account: clip.usage.map(JsonUsage::of),
         }
     }
 }
@@ -217,7 +217,7 @@ impl JsonProcess {
             comm: process.comm.clone(),
             descriptors: process.fds,
             clips: process.clips,
-            usage: process.usage.map(JsonUsage::of),
+            account: process.usage.map(JsonUsage::of),
         }
     }
 }

@@ -145,6 +145,11 @@ impl<R: Row> List<R> {
         (self.top..end, chosen.then(|| self.place - self.top))
     }
 
+    /// The rows that were in the window at its last drawing.
+    pub fn in_window(&self) -> impl Iterator<Item = &R> {
+        self.shown().skip(self.top).take(self.height)
+    }
+
     /// Filters, sorts, and finds the chosen row again; where it has gone, its
     /// place's row is chosen.
     fn arrange(&mut self) {

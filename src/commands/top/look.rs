@@ -1,11 +1,12 @@
 //! Looks at what a running `run` has: its pinned maps, and rclone's metadata.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use vmafx_bypass::mounts::{Dev, MountTable};
-use vmafx_bypass::tracker::{Dump, DumpError, Losses, Owner, dump};
+use vmafx_bypass::tracker::{Accounts, Dump, DumpEntry, DumpError, Losses, Owner, dump};
 
 use super::model::{ClipId, Facts, Fd, Meter, Picture, Sample};
 use crate::commands::estimate::{self, Estimator};
@@ -41,6 +42,9 @@ struct Known {
     seen: u64,
 }
 
+/// Clips that somebody looks at: they are estimated before others.
+pub type Watched = Arc<Mutex<HashSet<ClipId>>>;
+
 /// Looks, and keeps what the next look needs.
 pub struct Looker {
     pin_dir: PathBuf,
@@ -48,12 +52,14 @@ pub struct Looker {
     meter: Meter,
     known: HashMap<ClipId, Known>,
     looks: u64,
+    watched: Watched,
 }
 
 impl Looker {
-    pub fn new(pin_dir: PathBuf) -> Self {
+    pub fn new(pin_dir: PathBuf, watched: Watched) -> Self {
         Self {
             pin_dir,
+            watched,
             estimator: Estimator::default(),
             meter: Meter::default(),
             known: HashMap::new(),
@@ -63,7 +69,7 @@ impl Looker {
 
     /// Looks once. 100,000 descriptors take a third of a second.
     pub fn look(&mut self) -> Result<Look, DumpError> {
-        let dump = dump(&self.pin_dir)?;
+        let mut dump = dump(&self.pin_dir)?;
         let at = Instant::now();
         self.looks += 1;
         let fds = dump.entries.iter().map(|entry| Fd {
@@ -75,16 +81,20 @@ impl Looker {
             },
         });
         let fds: Vec<Fd> = fds.collect();
-        self.learn(&dump);
-        self.estimate();
-        let facts = self.known.iter().map(|(id, k)| (*id, k.facts.clone()));
         let sample = Sample {
             at,
-            owner: (dump.owner.pid, dump.owner.since),
+            owner: dump.owner.pid,
             fds,
-            facts: facts.collect(),
-            accounts: None,
+            accounts: dump.accounts.take(),
         };
+        let mut picture = self.meter.picture(&sample);
+        self.learn(&dump.entries, sample.accounts.as_ref(), &picture);
+        self.estimate();
+        for clip in &mut picture.clips {
+            if let Some(known) = self.known.get(&clip.id) {
+                clip.facts = known.facts.clone();
+            }
+        }
         Ok(Look {
             at: SystemTime::now(),
             complete: dump.complete(),
@@ -92,13 +102,13 @@ impl Looker {
             mounts: mounts(&dump),
             owner: dump.owner,
             losses: dump.losses,
-            picture: self.meter.picture(&sample),
+            picture,
         })
     }
 
-    /// Takes clips from a dump, and forgets those that are not in it.
-    fn learn(&mut self, dump: &Dump) {
-        for entry in &dump.entries {
+    /// Takes clips from what is open or was just read, and forgets all others.
+    fn learn(&mut self, open: &[DumpEntry], accounts: Option<&Accounts>, picture: &Picture) {
+        for entry in open {
             let id = ClipId {
                 dev: entry.dev,
                 ino: entry.ino,
@@ -117,10 +127,22 @@ impl Looker {
                 known.opened_at = entry.opened_at;
             }
         }
+        let closed = picture.clips.iter().filter(|clip| clip.fds == 0);
+        let closed: HashSet<ClipId> = closed.map(|clip| clip.id).collect();
+        for account in accounts.iter().flat_map(|accounts| &accounts.each) {
+            let id = ClipId::of(account);
+            if closed.contains(&id) {
+                let known = self.known.entry(id).or_insert_with(Known::new);
+                known.seen = self.looks;
+                known.facts.path = known.facts.path.take().or_else(|| account.path.clone());
+                known.facts.size = known.facts.size.or(Some(account.size));
+            }
+        }
         self.known.retain(|_, known| known.seen == self.looks);
     }
 
-    /// Estimates those that were not for longest, as long as there is time.
+    /// Estimates those that were not for longest, as long as there is time; those
+    /// that are watched first.
     fn estimate(&mut self) {
         let started = Instant::now();
         let is_due = |known: &Known| {
@@ -129,7 +151,9 @@ impl Looker {
                 .is_none_or(|at| at.elapsed() >= ESTIMATE_AGE)
         };
         let mut due: Vec<_> = self.known.iter_mut().filter(|(_, k)| is_due(k)).collect();
-        due.sort_by_key(|(_, known)| known.estimated);
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        due.sort_by_key(|(id, known)| (!watched.contains(id), known.estimated));
+        drop(watched);
         for (id, known) in due {
             let (path, size) = (known.facts.path.as_deref(), known.facts.size.unwrap_or(0));
             let estimate = self.estimator.estimate(id.dev, path, size);

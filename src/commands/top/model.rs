@@ -1,11 +1,13 @@
 //! What `top` shows, made of what was seen: pure.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::AddAssign;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use vmafx_bypass::mounts::Dev;
+use vmafx_bypass::tracker::{Account, Accounts, ReadCost};
+
+use crate::output::escape;
 
 /// A clip, whatever it is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,50 +37,10 @@ pub struct Facts {
     pub state: &'static str,
 }
 
-/// Reads through FUSE.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub reads: u64,
-    pub bytes: u64,
-    /// Spent in them.
-    pub ns: u64,
-}
-
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.reads = self.reads.saturating_add(other.reads);
-        self.bytes = self.bytes.saturating_add(other.bytes);
-        self.ns = self.ns.saturating_add(other.ns);
-    }
-}
-
-impl Counts {
-    /// What was counted since `before`: all, where counting has begun anew.
-    fn since(self, before: Self) -> Self {
-        if self.reads < before.reads || self.bytes < before.bytes || self.ns < before.ns {
-            return self;
-        }
-        Self {
-            reads: self.reads - before.reads,
-            bytes: self.bytes - before.bytes,
-            ns: self.ns - before.ns,
-        }
-    }
-}
-
-/// What a process has read of a clip since `run` counts.
-#[derive(Debug, Clone)]
-pub struct Account {
-    pub pid: u32,
-    pub comm: String,
-    pub clip: ClipId,
-    pub total: Counts,
-}
-
 /// What was read: in all, and a second.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Usage {
-    pub total: Counts,
+    pub total: ReadCost,
     /// `None` at the first look.
     pub rate: Option<Rate>,
 }
@@ -93,7 +55,7 @@ pub struct Rate {
 }
 
 impl Rate {
-    fn of(counts: Counts, elapsed: Duration) -> Self {
+    fn of(counts: ReadCost, elapsed: Duration) -> Self {
         // Two looks are never at the same time; no division by zero if they were.
         let seconds = elapsed.as_secs_f64().max(1e-9);
         Self {
@@ -113,18 +75,18 @@ impl Rate {
 #[derive(Debug)]
 pub struct Sample {
     pub at: Instant,
-    /// Whose counters these are: pid and start.
-    pub owner: (u32, SystemTime),
+    /// The pid of the `run` whose counters these are.
+    pub owner: u32,
     pub fds: Vec<Fd>,
-    pub facts: HashMap<ClipId, Facts>,
     /// `None`: it does not count.
-    pub accounts: Option<Vec<Account>>,
+    pub accounts: Option<Accounts>,
 }
 
 /// A clip's row.
 #[derive(Debug, Clone)]
 pub struct Clip {
     pub id: ClipId,
+    /// To be filled in.
     pub facts: Facts,
     pub fds: u32,
     /// Who has it open, or read it since the last look; in order.
@@ -149,7 +111,10 @@ pub struct Picture {
     pub clips: Vec<Clip>,
     pub processes: Vec<Process>,
     pub fds: usize,
+    /// Of all reads on the watched mounts.
     pub usage: Option<Usage>,
+    /// Accounts that had to make room for newer ones.
+    pub forgotten: u64,
 }
 
 /// The counters of the look before, of which rates are made.
@@ -159,44 +124,79 @@ pub struct Meter(Option<Before>);
 #[derive(Debug)]
 struct Before {
     at: Instant,
-    owner: (u32, SystemTime),
-    totals: HashMap<(u32, ClipId), Counts>,
+    owner: u32,
+    total: ReadCost,
+    each: HashMap<(u32, ClipId), ReadCost>,
 }
 
-/// Counters of one process and clip: in all, and since the look before.
-type Measured<'a> = (&'a Account, Option<Counts>);
+/// An account, and what came to it since the look before.
+type Measured<'a> = (&'a Account, Option<ReadCost>);
 
 impl Meter {
     /// Makes the rows of a sample; the next one's rates are from here.
     pub fn picture(&mut self, sample: &Sample) -> Picture {
         let before = self.0.take().filter(|b| b.owner == sample.owner);
+        let Some(accounts) = &sample.accounts else {
+            return rows(sample, None, None);
+        };
         let elapsed = before
             .as_ref()
             .map(|b| sample.at.saturating_duration_since(b.at));
-        let Some(accounts) = &sample.accounts else {
-            return rows(sample, &[], None, false);
-        };
-        let measured: Vec<Measured> = accounts
-            .iter()
-            .map(|account| {
-                let since = before.as_ref().map(|before| {
-                    let key = (account.pid, account.clip);
-                    // Who was not counted before has read all of it since.
-                    let then = before.totals.get(&key).copied().unwrap_or_default();
-                    account.total.since(then)
-                });
-                (account, since)
-            })
-            .collect();
-        let picture = rows(sample, &measured, elapsed, true);
-        let totals = accounts.iter().map(|a| ((a.pid, a.clip), a.total));
+        let each = accounts.each.iter();
+        let measured = each.map(|account| {
+            let since = before.as_ref().map(|before| {
+                let then = before.each.get(&(account.pid, ClipId::of(account)));
+                // Who was not counted before has read all of it since.
+                since(account.cost, then.copied().unwrap_or_default())
+            });
+            (account, since)
+        });
+        let measured: Vec<Measured> = measured.collect();
+        let mut picture = rows(sample, Some(&measured), elapsed);
+        picture.forgotten = accounts.forgotten;
+        picture.usage = Some(Usage {
+            total: accounts.total,
+            rate: before
+                .zip(elapsed)
+                .map(|(b, elapsed)| Rate::of(since(accounts.total, b.total), elapsed)),
+        });
+        let each = accounts.each.iter();
         self.0 = Some(Before {
             at: sample.at,
             owner: sample.owner,
-            totals: totals.collect(),
+            total: accounts.total,
+            each: each.map(|a| ((a.pid, ClipId::of(a)), a.cost)).collect(),
         });
         picture
     }
+}
+
+impl ClipId {
+    /// That of an account.
+    pub fn of(account: &Account) -> Self {
+        Self {
+            dev: account.dev,
+            ino: account.ino,
+        }
+    }
+}
+
+/// What was counted since `before`: all, where counting has begun anew.
+fn since(now: ReadCost, before: ReadCost) -> ReadCost {
+    if now.reads < before.reads || now.bytes < before.bytes || now.ns < before.ns {
+        return now;
+    }
+    ReadCost {
+        reads: now.reads - before.reads,
+        bytes: now.bytes - before.bytes,
+        ns: now.ns - before.ns,
+    }
+}
+
+fn add(to: &mut ReadCost, more: ReadCost) {
+    to.reads = to.reads.saturating_add(more.reads);
+    to.bytes = to.bytes.saturating_add(more.bytes);
+    to.ns = to.ns.saturating_add(more.ns);
 }
 
 /// What gathers in a row.
@@ -204,14 +204,14 @@ impl Meter {
 struct Gathered {
     comm: String,
     fds: u32,
-    total: Counts,
-    since: Counts,
+    total: ReadCost,
+    since: ReadCost,
 }
 
 impl Gathered {
-    fn add(&mut self, total: Counts, since: Option<Counts>) {
-        self.total += total;
-        self.since += since.unwrap_or_default();
+    fn add(&mut self, total: ReadCost, since: Option<ReadCost>) {
+        add(&mut self.total, total);
+        add(&mut self.since, since.unwrap_or_default());
     }
 
     fn usage(&self, elapsed: Option<Duration>) -> Usage {
@@ -222,12 +222,8 @@ impl Gathered {
     }
 }
 
-fn rows(
-    sample: &Sample,
-    measured: &[Measured],
-    elapsed: Option<Duration>,
-    counted: bool,
-) -> Picture {
+/// Without `measured` nothing is counted; without `elapsed` there is no rate yet.
+fn rows(sample: &Sample, measured: Option<&[Measured]>, elapsed: Option<Duration>) -> Picture {
     let mut clips: BTreeMap<ClipId, Gathered> = BTreeMap::new();
     let mut processes: BTreeMap<u32, Gathered> = BTreeMap::new();
     let mut pairs: Vec<(ClipId, u32)> = Vec::new();
@@ -240,24 +236,23 @@ fn rows(
         }
         pairs.push((fd.clip, fd.pid));
     }
-    let mut all = Gathered::default();
-    for (account, since) in measured {
-        all.add(account.total, *since);
+    for (account, since) in measured.unwrap_or_default() {
+        let id = ClipId::of(account);
         // Closed, and read since the look before: shown once more.
         let active = since.is_some_and(|counts| counts.reads > 0);
-        if active || clips.contains_key(&account.clip) {
-            let clip = clips.entry(account.clip).or_default();
-            clip.add(account.total, *since);
+        if active || clips.contains_key(&id) {
+            let clip = clips.entry(id).or_default();
+            clip.add(account.cost, *since);
         }
         if active || processes.contains_key(&account.pid) {
             let process = processes.entry(account.pid).or_default();
-            process.add(account.total, *since);
+            process.add(account.cost, *since);
             if process.comm.is_empty() {
-                process.comm.clone_from(&account.comm);
+                process.comm = escape(&account.comm);
             }
         }
         if active {
-            pairs.push((account.clip, account.pid));
+            pairs.push((id, account.pid));
         }
     }
     pairs.sort_unstable();
@@ -266,7 +261,7 @@ fn rows(
     for (_, pid) in &pairs {
         *count.entry(*pid).or_default() += 1;
     }
-    let usage = |gathered: &Gathered| counted.then(|| gathered.usage(elapsed));
+    let usage = |gathered: &Gathered| measured.map(|_| gathered.usage(elapsed));
     // Both are in order.
     let mut pairs = pairs.into_iter().peekable();
     let clips = clips.into_iter().map(|(id, gathered)| {
@@ -276,7 +271,7 @@ fn rows(
         }
         Clip {
             id,
-            facts: sample.facts.get(&id).cloned().unwrap_or_default(),
+            facts: Facts::default(),
             fds: gathered.fds,
             pids,
             usage: usage(&gathered),
@@ -294,7 +289,7 @@ fn rows(
         clips,
         processes: processes.collect(),
         fds: sample.fds.len(),
-        usage: usage(&all),
+        ..Picture::default()
     }
 }
 
@@ -302,7 +297,7 @@ fn rows(
 mod tests {
     use super::*;
 
-    pub fn clip(ino: u64) -> ClipId {
+    fn clip(ino: u64) -> ClipId {
         let dev = Dev::new(0, 50);
         ClipId { dev, ino }
     }
@@ -318,22 +313,30 @@ mod tests {
     fn account(pid: u32, ino: u64, reads: u64, bytes: u64, ns: u64) -> Account {
         Account {
             pid,
-            comm: format!("p{pid}"),
-            clip: clip(ino),
-            total: Counts { reads, bytes, ns },
+            comm: format!("p{pid}").into(),
+            dev: clip(ino).dev,
+            ino,
+            path: None,
+            size: 0,
+            cost: ReadCost { reads, bytes, ns },
         }
     }
 
-    fn sample(start: Instant, ms: u64, fds: Vec<Fd>, accounts: Option<Vec<Account>>) -> Sample {
-        let facts = Facts {
-            path: Some("/m/a".into()),
-            ..Facts::default()
-        };
+    fn sample(start: Instant, ms: u64, fds: Vec<Fd>, each: Option<Vec<Account>>) -> Sample {
+        let accounts = each.map(|each| Accounts {
+            // As if others had read as much again, of clips that are not tracked.
+            total: each.iter().fold(ReadCost::default(), |mut sum, account| {
+                add(&mut sum, account.cost);
+                add(&mut sum, account.cost);
+                sum
+            }),
+            each,
+            forgotten: 0,
+        });
         Sample {
             at: start + Duration::from_millis(ms),
-            owner: (1, SystemTime::UNIX_EPOCH),
+            owner: 1,
             fds,
-            facts: HashMap::from([(clip(1), facts)]),
             accounts,
         }
     }
@@ -345,9 +348,9 @@ mod tests {
         let clips: Vec<_> = picture
             .clips
             .iter()
-            .map(|c| (c.id.ino, c.fds, c.pids.clone(), c.facts.path.is_some()))
+            .map(|c| (c.id.ino, c.fds, c.pids.clone()))
             .collect();
-        assert_eq!(clips, [(1, 3, vec![5, 7], true), (2, 1, vec![7], false)]);
+        assert_eq!(clips, [(1, 3, vec![5, 7]), (2, 1, vec![7])]);
         let processes: Vec<_> = picture
             .processes
             .iter()
@@ -398,7 +401,7 @@ mod tests {
             [5, 9],
             "who neither reads nor has a clip is not shown"
         );
-        assert_eq!(rate(second.usage).bytes, 2_300.0);
+        assert_eq!(rate(second.usage).bytes as u64, 4_600);
     }
 
     #[test]
@@ -410,10 +413,10 @@ mod tests {
         };
         meter.picture(&look(0, 1_000));
         let anew = meter.picture(&look(1_000, 10));
-        assert_eq!(anew.usage.unwrap().rate.unwrap().bytes, 10.0);
+        assert_eq!(anew.usage.unwrap().rate.unwrap().bytes as u64, 20);
         // Another `run` counts from nothing, too, and nothing tells since when.
         let mut other = look(2_000, 5_000);
-        other.owner.0 = 2;
+        other.owner = 2;
         assert_eq!(meter.picture(&other).usage.unwrap().rate, None);
         // As long as nothing is counted there is nothing to compare with.
         meter.picture(&sample(start, 3_000, vec![], None));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::PoisonError;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use ratatui::layout::Rect;
 use super::app::{App, Ask};
 use super::asking::Asking;
 use super::draw::{Theme, draw};
-use super::look::Look;
+use super::look::{Look, Watched};
 use super::{Message, start};
 use crate::cli::TopView;
 use crate::exit::Exit;
@@ -64,12 +65,19 @@ fn give_back() {
     let _ = ratatui::try_restore();
 }
 
+/// How to tell the thread that looks.
+pub struct Looking {
+    pub watched: Watched,
+    /// True: pause, false: go on.
+    pub pause: Sender<bool>,
+}
+
 /// Shows looks and what keys ask for, until a key or a signal.
 pub fn show(
     view: TopView,
     first: Look,
     (sender, messages): (&SyncSender<Message>, &Receiver<Message>),
-    pause: &Sender<bool>,
+    looking: &Looking,
     interrupted: &Interrupted,
 ) -> Result<Exit> {
     let theme = Theme::of_environment();
@@ -78,7 +86,7 @@ pub fn show(
         screen: Screen::take().context("terminal")?,
         asking: None,
         sender,
-        pause,
+        looking,
     };
     start("vmafx-top-keys", sender.clone(), |sender| {
         loop {
@@ -115,7 +123,7 @@ struct Showing<'a> {
     /// The `explain` that somebody waits for.
     asking: Option<Asking>,
     sender: &'a SyncSender<Message>,
-    pause: &'a Sender<bool>,
+    looking: &'a Looking,
 }
 
 impl Showing<'_> {
@@ -124,7 +132,11 @@ impl Showing<'_> {
             .screen
             .0
             .draw(|frame| draw(frame, &mut self.app, theme));
-        drawn.map(drop).context("terminal")
+        drawn.context("terminal")?;
+        let mut watched = (self.looking.watched.lock()).unwrap_or_else(PoisonError::into_inner);
+        watched.clear();
+        watched.extend(self.app.clips.in_window().map(|clip| clip.id));
+        Ok(())
     }
 
     fn take(&mut self, message: Message) -> Result<Option<Exit>> {
@@ -152,7 +164,7 @@ impl Showing<'_> {
             Ask::Stop => self.screen.stop()?,
             Ask::Redraw => self.screen.redraw().context("terminal")?,
             // The thread that would not take it tells of its end.
-            Ask::Pause(on) => drop(self.pause.send(on)),
+            Ask::Pause(on) => drop(self.looking.pause.send(on)),
             Ask::Explain(path) => self.explain(path),
             Ask::Forget => drop(self.asking.take()),
         }

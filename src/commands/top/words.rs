@@ -4,7 +4,7 @@ use vmafx_bypass::tracker::DumpError;
 
 use super::columns::{busy, bytes_a_second, reads_a_second};
 use super::look::Look;
-use super::model::Usage;
+use super::model::{Picture, Usage};
 use crate::output::{losses_text, shown};
 
 /// How good something is; colours show it, too, but never alone.
@@ -62,16 +62,22 @@ pub fn amount(look: &Look, clips: usize, processes: usize) -> String {
 }
 
 /// What is read through FUSE by all together.
-pub fn reads(usage: Option<Usage>) -> String {
-    match usage {
-        None => "reads are not counted: start run with --account".to_owned(),
+pub fn reads(picture: &Picture) -> String {
+    let usage = picture.usage;
+    let text = match usage {
+        None => return "reads are not counted: start run with --account".to_owned(),
         Some(Usage { rate: None, .. }) => "reads are counted from here on".to_owned(),
-        usage => format!(
+        Some(_) => format!(
             "{}/s through FUSE, {} reads/s, {} of the time",
             bytes_a_second(usage),
             reads_a_second(usage),
             busy(usage)
         ),
+    };
+    match picture.forgotten {
+        0 => text,
+        // They had to make room.
+        count => format!("{text}; {count} accounts forgotten: raise --max-fds"),
     }
 }
 

@@ -5,14 +5,15 @@ use std::time::SystemTime;
 use proptest::prelude::*;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
+use ratatui::buffer::Cell;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use vmafx_bypass::mounts::Dev;
-use vmafx_bypass::tracker::{DumpError, Loss, Losses, Owner};
+use vmafx_bypass::tracker::{DumpError, Loss, Losses, Owner, ReadCost};
 
 use super::*;
 use crate::commands::top::app::Ask;
 use crate::commands::top::look::Look;
-use crate::commands::top::model::{Clip, ClipId, Counts, Facts, Picture, Process, Rate, Usage};
+use crate::commands::top::model::{Clip, ClipId, Facts, Picture, Process, Rate, Usage};
 
 const PLAIN: Theme = Theme { colours: false };
 const COLOURED: Theme = Theme { colours: true };
@@ -20,7 +21,7 @@ const COLOURED: Theme = Theme { colours: true };
 fn usage(mib: u64) -> Usage {
     let bytes = (mib << 20) as f64;
     Usage {
-        total: Counts {
+        total: ReadCost {
             reads: 10,
             bytes: mib << 21,
             ns: 1_500_000_000,
@@ -71,6 +72,7 @@ fn look(clips: Vec<Clip>) -> Look {
         picture: Picture {
             fds: clips.len(),
             usage: Some(usage(3)),
+            forgotten: 0,
             processes: vec![process(7), process(8)],
             clips,
         },
@@ -96,7 +98,7 @@ fn screen(app: &mut App, size: (u16, u16)) -> Vec<String> {
     let cells = backend.buffer().content();
     let lines = cells.chunks(usize::from(size.0).max(1));
     lines
-        .map(|line| line.iter().map(|cell| cell.symbol()).collect::<String>())
+        .map(|line| line.iter().map(Cell::symbol).collect::<String>())
         .map(|line| line.trim_end().to_owned())
         .collect()
 }
