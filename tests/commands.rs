@@ -1,6 +1,6 @@
 //! The commands in the documents are as they say: each is one that the program takes,
 //! and those of the README's "Use" do what is said.
-#![cfg(all(feature = "ebpf", feature = "mount"))]
+#![cfg(all(feature = "ebpf", feature = "mount", feature = "top"))]
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;

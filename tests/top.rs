@@ -147,10 +147,8 @@ impl Terminal {
     /// The pid of `top`.
     fn pid(&self) -> Pid {
         let shell = self.tmux(&["display-message", "-p", "#{pane_pid}"]);
-        let children = Command::new("pgrep")
-            .args(["-P", shell.trim_end()])
-            .output();
-        let pid = String::from_utf8(children.unwrap().stdout).unwrap();
+        let shell = shell.trim_end();
+        let pid = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
         Pid::from_raw(pid.trim_end().parse().unwrap())
     }
 }

@@ -142,18 +142,11 @@ fn print(
     interrupted: &Interrupted,
 ) -> Result<Exit> {
     let out = BufWriter::new(io::stdout());
-    let mut lines = Lines::begin(out, args.format, args.view).context("standard output")?;
-    let mut left = args.count;
-    let mut next = Ok(first);
-    loop {
-        let is_look = lines.print(next).context("standard output")?;
-        if is_look && let Some(left) = &mut left {
-            *left -= 1;
-            if *left == 0 {
-                return Ok(Exit::Done);
-            }
-        }
-        next = loop {
+    let lines = Lines::begin(out, args.format, args.view, first);
+    let mut lines = lines.context("standard output")?;
+    let mut printed = 1;
+    while args.count.is_none_or(|count| printed < count) {
+        let next = loop {
             // The threads that send do not end before this.
             let message = messages.recv().context("no thread is left")?;
             if let Some(exit) = interrupted.exit() {
@@ -165,5 +158,7 @@ fn print(
                 _ => {}
             }
         };
+        printed += u64::from(lines.print(next).context("standard output")?);
     }
+    Ok(Exit::Done)
 }

@@ -1,6 +1,7 @@
 //! `top` without a terminal: tables, or lines of JSON, one after the other.
 
 use std::io::{self, Write};
+use std::time::SystemTime;
 
 use serde::Serialize;
 use vmafx_bypass::tracker::DumpError;
@@ -19,70 +20,79 @@ pub struct Lines<W: Write> {
     format: Format,
     view: TopView,
     /// The last look that there was something.
-    last: Option<Look>,
+    last: Look,
     gone: bool,
 }
 
 impl<W: Write> Lines<W> {
-    pub fn begin(mut out: W, format: Format, view: TopView) -> io::Result<Self> {
-        if format == Format::Json {
-            write_json(
-                &mut out,
-                &serde_json::json!({"schema": SCHEMA, "stream": "top"}),
-            )?;
-            out.flush()?;
-        }
-        Ok(Self {
+    /// Prints the first look.
+    pub fn begin(out: W, format: Format, view: TopView, first: Look) -> io::Result<Self> {
+        let mut lines = Self {
             out,
             format,
             view,
-            last: None,
+            last: first,
             gone: false,
-        })
+        };
+        if format == Format::Json {
+            let head = serde_json::json!({"schema": SCHEMA, "stream": "top"});
+            write_json(&mut lines.out, &head)?;
+        }
+        lines.look()?;
+        Ok(lines)
     }
 
     /// Prints a look, or once that there is nothing to see any more. Whether it
     /// was a look.
     pub fn print(&mut self, look: Result<Look, DumpError>) -> io::Result<bool> {
-        let is_look = look.is_ok();
         match look {
             Ok(look) => {
-                match self.format {
-                    Format::Json => write_json(&mut self.out, &JsonLook::of(&look))?,
-                    Format::Text => self.table(&look)?,
-                }
-                self.last = Some(look);
+                self.last = look;
+                self.gone = false;
+                self.look()?;
+                return Ok(true);
             }
-            Err(gone) if !self.gone => match (self.format, &self.last) {
-                (Format::Json, _) => {
-                    let ts = output::time(std::time::SystemTime::now());
-                    let line = serde_json::json!({
-                        "event": "gone", "ts": ts, "reason": gone.to_string(),
-                    });
-                    write_json(&mut self.out, &line)?;
+            Err(_) if self.gone => {}
+            Err(gone) => {
+                self.gone = true;
+                match self.format {
+                    Format::Json => {
+                        let ts = output::time(SystemTime::now());
+                        let line = serde_json::json!({
+                            "event": "gone", "ts": ts, "reason": gone.to_string(),
+                        });
+                        write_json(&mut self.out, &line)?;
+                    }
+                    Format::Text => {
+                        writeln!(self.out, "{}", words::owner(&self.last, Some(&gone)).0)?;
+                    }
                 }
-                (Format::Text, Some(last)) => {
-                    writeln!(self.out, "{}", words::owner(last, Some(&gone)).0)?;
-                }
-                (Format::Text, None) => writeln!(self.out, "{gone}")?,
-            },
-            Err(_) => {}
+                self.out.flush()?;
+            }
         }
-        self.gone = !is_look;
-        self.out.flush()?;
-        Ok(is_look)
+        Ok(false)
     }
 
-    fn table(&mut self, look: &Look) -> io::Result<()> {
+    fn look(&mut self) -> io::Result<()> {
+        match self.format {
+            Format::Json => write_json(&mut self.out, &JsonLook::of(&self.last))?,
+            Format::Text => self.table()?,
+        }
+        self.out.flush()
+    }
+
+    fn table(&mut self) -> io::Result<()> {
+        let look = &self.last;
         let at = humantime::format_rfc3339_millis(look.at);
         let picture = &look.picture;
-        let (clips, processes) = (picture.clips.len(), picture.processes.len());
+        let amount = words::amount(look, picture.clips.len(), picture.processes.len());
         writeln!(self.out, "{at} {}", words::owner(look, None).0)?;
-        writeln!(self.out, "{}", words::amount(look, clips, processes))?;
+        writeln!(self.out, "{amount}")?;
         writeln!(self.out, "{}", words::reads(picture))?;
+        let (clips, processes) = (picture.clips.clone(), picture.processes.clone());
         match self.view {
-            TopView::Clips => self.rows(picture.clips.clone())?,
-            TopView::Processes => self.rows(picture.processes.clone())?,
+            TopView::Clips => self.rows(clips)?,
+            TopView::Processes => self.rows(processes)?,
         }
         writeln!(self.out)
     }

@@ -5,7 +5,7 @@ use vmafx_bypass::tracker::DumpError;
 use super::columns::{busy, bytes_a_second, reads_a_second};
 use super::look::Look;
 use super::model::{Picture, Usage};
-use crate::output::{losses_text, shown};
+use crate::output::{escape, losses_text, shown};
 
 /// How good something is; colours show it, too, but never alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub fn owner(look: &Look, gone: Option<&DumpError>) -> (String, Tone) {
             let text = format!("run {pid} has ended, this is its last; waiting for another");
             return (text, Tone::Bad);
         }
-        Some(other) => return (other.to_string(), Tone::Bad),
+        Some(other) => return (escape(other.to_string().as_ref()), Tone::Bad),
         None => {}
     }
     if !look.owner.alive {
