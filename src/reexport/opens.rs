@@ -124,14 +124,21 @@ impl Opens {
         all.get(&number).cloned()
     }
 
-    pub(super) fn remove(&self, number: u64) -> Option<Arc<Open>> {
+    /// Removes one; `count` sees it while nobody [looks](Self::look), who would else
+    /// count it twice or not at all.
+    pub(super) fn remove(&self, number: u64, count: impl FnOnce(&Open)) -> Option<Arc<Open>> {
         let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
-        all.remove(&number)
+        let removed = all.remove(&number);
+        if let Some(open) = &removed {
+            count(open);
+        }
+        removed
     }
 
-    pub(super) fn list(&self) -> Vec<Arc<Open>> {
+    /// Looks at all of them while none is removed.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&mut dyn Iterator<Item = &Open>) -> T) -> T {
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
-        all.values().cloned().collect()
+        look(&mut all.values().map(Arc::as_ref))
     }
 }
 
@@ -226,6 +233,22 @@ mod tests {
         assert!(retries.has(1, &path) && !retries.has(2, &path));
         assert!(retries.take(1, &path));
         assert!(!retries.take(1, &path) && !retries.has(1, &path));
+    }
+
+    #[test]
+    fn nobody_looks_between_a_removal_and_its_count() {
+        let opens = Opens::default();
+        let number = opens.add(Open::Whole);
+        let (seen, looked) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let removed = opens.remove(number, |_| {
+                scope.spawn(|| seen.send(opens.look(|all| all.count())));
+                let early = looked.recv_timeout(Duration::from_millis(50));
+                assert!(early.is_err(), "looked before it was counted");
+            });
+            assert!(removed.is_some());
+            assert_eq!(looked.recv(), Ok(0));
+        });
     }
 
     #[test]

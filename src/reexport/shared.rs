@@ -100,9 +100,10 @@ impl Shared {
     }
 
     pub(super) fn stats(&self) -> Stats {
-        let open = self.opens.list();
-        let files = open.iter().filter_map(|open| open.file());
-        self.counters.snapshot(files.map(crate::BypassFile::stats))
+        self.opens.look(|open| {
+            let files = open.filter_map(Open::file);
+            self.counters.snapshot(files.map(crate::BypassFile::stats))
+        })
     }
 
     pub(super) fn path(&self, id: INodeNo) -> io::Result<Arc<Path>> {
@@ -283,10 +284,11 @@ impl Shared {
     }
 
     pub(super) fn release(&self, id: INodeNo, number: u64) {
-        let open = self.opens.remove(number);
-        if let Some(file) = open.as_ref().and_then(|open| open.file()) {
-            self.counters.read(&file.stats());
-        }
+        let open = self.opens.remove(number, |open| {
+            if let Some(file) = open.file() {
+                self.counters.read(&file.stats());
+            }
+        });
         match open.as_deref() {
             Some(Open::Whole | Open::Paged(_) | Open::Direct(_)) => {
                 let backing = lock(&self.nodes).close(id.0);

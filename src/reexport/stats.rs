@@ -39,7 +39,8 @@ impl Way {
         }
     }
 
-    fn all() -> impl Iterator<Item = Self> {
+    /// Every way there is.
+    pub fn all() -> impl Iterator<Item = Self> {
         let kinds = SnapshotKind::ALL.iter();
         let passed = kinds.map(|kind| Self::Passthrough(*kind));
         passed.chain([Self::Ranges, Self::Direct])
