@@ -21,11 +21,12 @@ pub(crate) use client::Connection;
 pub use client::{VARIABLE, WholeFd, answers, socket_from_env, whole};
 pub use given::Given;
 pub use listener::Owner;
-pub use server::{Bound, Log, Server, ServerError, ServerOptions};
-pub use stats::HandoverStats;
+pub use server::{Bound, Log, Server, ServerError, ServerObserver, ServerOptions};
+pub use stats::{HandoverStats, ProofTimes};
 
 use crate::cache::proof::Timestamp;
 use crate::cache::ranges::Ranges;
+pub use crate::histogram::Durations;
 use crate::reason::Refusal;
 
 /// Who asks.

@@ -18,6 +18,7 @@
     feature = "mount",
     doc = "- [`reexport`] shows an rclone mount again, for programs that nobody changes."
 )]
+#![cfg_attr(feature = "metrics", doc = "- [`metrics`] serves counts over HTTP.")]
 //!
 //! "pid" is always the kernel's tgid: what getpid(2) returns.
 
@@ -27,6 +28,9 @@ pub mod cache;
 mod clips;
 pub mod exec;
 pub mod handover;
+mod histogram;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod mounts;
 pub mod optin;
 pub mod privileges;

@@ -11,6 +11,7 @@ mod attach;
 mod clock;
 mod doctor;
 mod host;
+mod observer;
 mod pinned;
 mod pulse;
 mod reconcile;
@@ -34,6 +35,7 @@ pub(crate) use abi::libbpf_version;
 pub use account::{Account, Accounts, ReadCost};
 pub use attach::AttachMode;
 pub use doctor::{Check, checks};
+pub use observer::Observer;
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
 pub use pulse::Pulse;
 pub use table::{Event, EventKind, TrackedFd};
@@ -43,6 +45,7 @@ use crate::privileges::Capabilities;
 use table::Table;
 
 use crate::mounts::Dev;
+use crate::sys::coarse_ms;
 
 /// Where maps are pinned unless told otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/vmafx-bypass";
@@ -297,6 +300,11 @@ struct Shared {
     /// Losses that were made good.
     healed: AtomicU64,
     events: AtomicU64,
+    /// What subscribers were told of descriptors, by kind.
+    told: [AtomicU64; EventKind::ALL.len()],
+    /// When the thread last did something, [`coarse_ms`]; it does so once a second.
+    beat_ms: AtomicU64,
+    ended: AtomicBool,
     /// The most that was seen: the count goes with the programs.
     recursion_misses: AtomicU64,
     /// Likewise, of programs that count reads.
@@ -345,6 +353,9 @@ impl Tracker {
             reconcile_failed: AtomicU64::new(0),
             healed: AtomicU64::new(0),
             events: AtomicU64::new(0),
+            told: Default::default(),
+            beat_ms: AtomicU64::new(coarse_ms()),
+            ended: AtomicBool::new(false),
             recursion_misses: AtomicU64::new(0),
             read_misses: AtomicU64::new(0),
             read_programs: OnceLock::new(),
@@ -476,6 +487,12 @@ impl Tracker {
         Pulse(Arc::clone(&self.shared))
     }
 
+    /// A handle that reads from another thread, and for as long as it is kept.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        Observer(Arc::clone(&self.shared))
+    }
+
     /// A handle that ends the tracking from another thread.
     #[must_use]
     pub fn stopper(&self) -> Stopper {
@@ -571,6 +588,7 @@ impl Shared {
     }
 
     fn end_subscriptions(&self) {
+        self.ended.store(true, Ordering::Relaxed);
         self.lock_subscribers().clear();
     }
 
@@ -594,6 +612,11 @@ impl Shared {
         watches.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The thread is at work.
+    fn beat(&self) {
+        self.beat_ms.store(coarse_ms(), Ordering::Relaxed);
+    }
+
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -609,6 +632,9 @@ impl Shared {
     }
 
     fn publish(&self, update: &Update) {
+        if let Update::Fd(event) = update {
+            self.told[event.kind as usize].fetch_add(1, Ordering::Relaxed);
+        }
         self.lock_subscribers()
             .retain(|subscriber| match subscriber.try_send(update.clone()) {
                 Ok(()) => true,

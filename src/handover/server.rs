@@ -25,7 +25,7 @@ use rustix::net::{SocketFlags, accept_with};
 use super::given::Given;
 use super::listener::{Listener, Owner};
 use super::protocol::Answer;
-use super::stats::{Counters, HandoverStats, count};
+use super::stats::{Counters, HandoverStats, ProofTimes, count};
 use super::{Client, Lease, Source, wire};
 use crate::reason::{Reason, Refusal};
 use crate::sys::{self, coarse_ms};
@@ -251,8 +251,31 @@ impl Server {
 
     /// What it has done so far.
     pub fn stats(&self) -> HandoverStats {
-        let connected = self.shared.clients().len();
-        self.shared.counters.snapshot(connected)
+        self.shared.stats()
+    }
+
+    /// A handle that reads from another thread, and for as long as it is kept.
+    #[must_use]
+    pub fn observer(&self) -> ServerObserver {
+        ServerObserver(Arc::clone(&self.shared))
+    }
+}
+
+/// Reads what a [`Server`] has done, from any thread, also when that has ended.
+#[derive(Clone)]
+pub struct ServerObserver(Arc<Shared>);
+
+impl ServerObserver {
+    /// As [`Server::stats`].
+    #[must_use]
+    pub fn stats(&self) -> HandoverStats {
+        self.0.stats()
+    }
+
+    /// How long proofs took so far, of each kind and end.
+    #[must_use]
+    pub fn proof_times(&self) -> Vec<ProofTimes> {
+        self.0.counters.proof_times()
     }
 }
 
@@ -290,6 +313,11 @@ fn max_clients() -> usize {
 impl Shared {
     fn clients(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connected>>> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stats(&self) -> HandoverStats {
+        let connected = self.clients().len();
+        self.counters.snapshot(connected)
     }
 
     fn log(&self, client: Client, what: impl fmt::Display) {

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use crate::histogram::{Durations, Histogram};
 use crate::reason::Reason;
 
 /// What a handover server has done so far.
@@ -32,6 +34,17 @@ pub struct HandoverStats {
     pub dropped: u64,
 }
 
+/// How long the proofs of one kind of request took that had one end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProofTimes {
+    /// Whole clips, or else ranges.
+    pub whole: bool,
+    /// Whether something was handed over, or else refused.
+    pub given: bool,
+    /// From the request's descriptor to the answer.
+    pub durations: Durations,
+}
+
 type ByReason = [AtomicU64; Reason::ALL.len()];
 
 #[derive(Default)]
@@ -46,6 +59,8 @@ pub(super) struct Counters {
     pub(super) busy: AtomicU64,
     pub(super) turned_away: AtomicU64,
     pub(super) dropped: AtomicU64,
+    /// Of ranges and of whole clips, refused and given.
+    proofs: [[Histogram; 2]; 2],
 }
 
 /// Counts one more.
@@ -69,6 +84,22 @@ impl Counters {
 
     pub(super) fn refused(&self, reason: Reason) {
         count(&self.refused[reason as usize]);
+    }
+
+    pub(super) fn proved(&self, whole: bool, given: bool, took: Duration) {
+        self.proofs[usize::from(whole)][usize::from(given)].add(took);
+    }
+
+    pub(super) fn proof_times(&self) -> Vec<ProofTimes> {
+        let of = |whole: bool, given: bool| ProofTimes {
+            whole,
+            given,
+            durations: self.proofs[usize::from(whole)][usize::from(given)].snapshot(),
+        };
+        let kinds = [false, true].into_iter();
+        kinds
+            .flat_map(|whole| [of(whole, true), of(whole, false)])
+            .collect()
     }
 
     pub(super) fn snapshot(&self, connected: usize) -> HandoverStats {

@@ -57,6 +57,10 @@ pub struct Accounts {
     pub forgotten: u64,
 }
 
+fn failed(error: libbpf_rs::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
 /// The maps that hold it.
 pub(super) struct Maps {
     pub(super) accounts: MapHandle,
@@ -67,7 +71,6 @@ pub(super) struct Maps {
 impl Maps {
     /// Reads all of it.
     pub(super) fn read(&self) -> io::Result<Accounts> {
-        let failed = |e: libbpf_rs::Error| io::Error::other(e.to_string());
         // Before the accounts: those that are begun meanwhile were not forgotten.
         let begun = self.all_cpus().map_err(failed)?.accounts;
         let all = (self.accounts)
@@ -76,12 +79,7 @@ impl Maps {
         let found: Vec<(vb_account_key, vb_account)> = all
             .filter_map(|(key, value)| Some((abi::value(&key)?, abi::value(&value)?)))
             .collect();
-        let all = self.all_cpus().map_err(failed)?;
-        let total = ReadCost {
-            reads: all.reads,
-            bytes: all.bytes,
-            ns: all.ns,
-        };
+        let total = self.total()?;
         let names = pinned::read_paths(&self.clips, found.len());
         let mut each = Vec::new();
         let forgotten = begun.saturating_sub(found.len() as u64);
@@ -109,6 +107,16 @@ impl Maps {
             total,
             each,
             forgotten,
+        })
+    }
+
+    /// All reads so far.
+    pub(super) fn total(&self) -> io::Result<ReadCost> {
+        let all = self.all_cpus().map_err(failed)?;
+        Ok(ReadCost {
+            reads: all.reads,
+            bytes: all.bytes,
+            ns: all.ns,
         })
     }
 

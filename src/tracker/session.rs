@@ -335,6 +335,7 @@ impl Loop<'_> {
         let mut events = [EpollEvent::empty(); 3];
         let mut taken = Instant::now();
         loop {
+            self.shared.beat();
             let due = state
                 .doubt_due()
                 .map_or(reconciler.next_due(), |due| due.min(reconciler.next_due()));

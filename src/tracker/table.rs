@@ -58,6 +58,16 @@ pub enum EventKind {
 }
 
 impl EventKind {
+    /// Every kind, in declaration order: the order of counters.
+    pub const ALL: [Self; 6] = [
+        Self::Open,
+        Self::Dup,
+        Self::Inherit,
+        Self::Receive,
+        Self::Adopt,
+        Self::Close,
+    ];
+
     /// The contract's name.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rustix::net::RecvFlags;
 
@@ -133,6 +134,7 @@ impl Shared {
         request: Request,
         clip: OwnedFd,
     ) -> Result<Reply, Refusal> {
+        let (asked, is_whole) = (Instant::now(), request == Request::Whole);
         let reply = match request {
             Request::Ranges { pulled } => self.ranges(client, clip, pulled),
             Request::Whole => check_enabled().and_then(|()| {
@@ -152,6 +154,8 @@ impl Shared {
                 Err(Refusal::new(Reason::Handover, "request with a descriptor"))
             }
         };
+        self.counters
+            .proved(is_whole, reply.is_ok(), asked.elapsed());
         reply.inspect_err(|refusal| {
             self.counters.refused(refusal.reason);
             self.log(client.client, format_args!("refused: {refusal}"));
