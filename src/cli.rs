@@ -3,6 +3,8 @@
 mod bench;
 mod exec;
 mod generate;
+#[cfg(feature = "metrics")]
+mod metrics;
 #[cfg(feature = "mount")]
 mod mount;
 #[cfg(feature = "top")]
@@ -16,6 +18,8 @@ pub use bench::{BenchArgs, BenchFormat, Engine, Pattern};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use exec::{ExecArgs, Snapshot};
 pub use generate::{GenerateArgs, Generated};
+#[cfg(feature = "metrics")]
+pub use metrics::MetricsArgs;
 #[cfg(feature = "mount")]
 pub use mount::{MountArgs, MountSnapshot, Passthrough};
 #[cfg(feature = "top")]
@@ -143,6 +147,9 @@ pub struct RunArgs {
     /// the cache's file system has no reflinks.
     #[arg(long, default_value = "1GiB", value_name = "SIZE", requires = "socket")]
     pub copy_budget: Size,
+    #[cfg(feature = "metrics")]
+    #[command(flatten)]
+    pub metrics: MetricsArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

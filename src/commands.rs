@@ -12,6 +12,8 @@ mod estimate;
 pub mod exec;
 pub mod explain;
 pub mod generate;
+#[cfg(all(feature = "metrics", any(feature = "ebpf", feature = "mount")))]
+mod metrics;
 #[cfg(feature = "mount")]
 pub mod mount;
 #[cfg(feature = "ebpf")]

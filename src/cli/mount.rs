@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+#[cfg(feature = "metrics")]
+use super::MetricsArgs;
 use super::{Format, Size};
 
 #[derive(Debug, Args)]
@@ -41,6 +43,9 @@ pub struct MountArgs {
     /// Mount options, as of mount(8).
     #[arg(short, value_delimiter = ',', value_name = "OPTION")]
     pub options: Vec<String>,
+    #[cfg(feature = "metrics")]
+    #[command(flatten)]
+    pub metrics: MetricsArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

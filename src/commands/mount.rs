@@ -16,6 +16,8 @@ use vmafx_bypass::reexport::{self, Error, Mounted, Options, Stats};
 use vmafx_bypass::snapshot::{SnapshotMode, SnapshotOptions};
 
 use crate::cli::{Format, MountArgs, MountSnapshot, Passthrough};
+#[cfg(feature = "metrics")]
+use crate::commands::metrics;
 use crate::exit::{self, Coded, Exit};
 use crate::output::{self, JsonPath, Notes, SCHEMA, escape, human_bytes, write_json};
 use crate::signals::Signals;
@@ -91,6 +93,8 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
         leave_what_was_inherited();
     }
     raise_descriptor_limit();
+    #[cfg(feature = "metrics")]
+    let metrics = metrics::serve(args.metrics.metrics, metrics::Mount::default(), notes)?;
     let unmounted = Arc::new(AtomicBool::new(false));
     let done = Arc::clone(&unmounted);
     let (tell, told_end) = mpsc::channel::<reexport::Unmounter>();
@@ -108,6 +112,8 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
     });
     let mounted = Mounted::mount(&options(args)).map_err(coded)?;
     let watch = mounted.watch();
+    #[cfg(feature = "metrics")]
+    metrics.counted().mounted(watch.clone());
     if tell.send(mounted.unmounter()).is_err() && interrupted.exit().is_some() {
         // A signal could not wait.
         return Ok(Exit::Done);

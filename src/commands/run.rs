@@ -59,6 +59,8 @@ mod tracking {
 
     use anyhow::Context;
     use serde::Serialize;
+    #[cfg(feature = "metrics")]
+    use vmafx_bypass::handover;
     use vmafx_bypass::tracker::{
         AttachMode, Event, EventKind, Losses, Stopper, Subscription, TrackerError, Update, Watch,
     };
@@ -68,6 +70,8 @@ mod tracking {
     use crate::cli::{Attach, Format, Wait};
     use crate::commands::account;
     use crate::commands::estimate::{self, Estimator};
+    #[cfg(feature = "metrics")]
+    use crate::commands::metrics;
     use crate::commands::notify::Service;
     use crate::commands::{confine, serve};
     use crate::output::{self, JsonPath, Row, SCHEMA, escape, losses_json, losses_text, shown};
@@ -82,6 +86,8 @@ mod tracking {
         let service = Service::from_env(notes);
         let (args, given) = serve::given(args)?;
         let args = &args;
+        #[cfg(feature = "metrics")]
+        let metrics = metrics::serve(args.metrics.metrics, metrics::Run::new(args), notes)?;
         // Signals first: a prefix on a mount that hangs would hang the start.
         let stopper: Arc<Mutex<Option<Stopper>>> = Arc::default();
         let interrupted = signals.powerless().watch({
@@ -130,6 +136,11 @@ mod tracking {
         confine::before_serving(args, notes);
         let server = serve::start(args, notes, bound)?;
         confine::after_serving(args, notes);
+        #[cfg(feature = "metrics")]
+        metrics.counted().attached(
+            tracker.observer(),
+            server.as_ref().map(handover::Server::observer),
+        );
         let telling = service.ready(tracker.pulse());
         let mut printer = Printer::new(args, notes, &tracker);
         let ended = printer

@@ -51,8 +51,8 @@ impl Observer {
     /// [`Accounts::total`]: super::Accounts::total
     #[must_use]
     pub fn read_total(&self) -> Option<ReadCost> {
-        let (total, _) = self.0.lock_accounts().as_ref()?.total().ok()?;
-        Some(total)
+        let live = self.0.lock_accounts();
+        live.as_ref()?.maps.total().ok()
     }
 
     /// Whether tracking has ended.

@@ -11,6 +11,8 @@ pub mod fds;
 
 pub mod handover;
 
+pub mod metrics;
+
 pub mod reexport;
 
 pub mod snapshots;
