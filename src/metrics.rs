@@ -27,6 +27,8 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
+use crate::privileges::{self, Capabilities};
+
 /// Connections at once; others wait in the kernel until one of them ends.
 const CONNECTIONS: usize = 32;
 /// How long a request may take to come, and a connection to end.
@@ -71,7 +73,8 @@ struct Site {
 }
 
 impl Server {
-    /// Listens at an address, and serves there; port 0 stands for any that is free.
+    /// Listens at an address, and serves there; port 0 stands for any that is free. The
+    /// threads that serve keep these capabilities alone.
     ///
     /// # Errors
     /// Those of listening there, and of starting a thread.
@@ -79,6 +82,7 @@ impl Server {
         address: SocketAddr,
         registry: Registry,
         health: Arc<dyn Health>,
+        keep: Capabilities,
     ) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -101,6 +105,8 @@ impl Server {
         let thread = std::thread::Builder::new()
             .name("vmafx-metrics".into())
             .spawn(move || {
+                // Which does not refuse to take away; strangers talk to this thread.
+                let _ = privileges::keep(keep);
                 runtime.block_on(async {
                     tokio::spawn(accept(listener, site));
                     // Its owner has gone.

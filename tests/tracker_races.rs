@@ -152,3 +152,33 @@ fn descriptors_come_with_a_message_whose_header_cannot_be_written() {
     assert_eq!(open.len(), 1);
     assert_eq!(dumped(&tracking.dump(), worker.pid()), open);
 }
+
+#[test]
+fn every_open_of_one_clip_in_a_row_is_told() {
+    const OPENS: usize = 4000;
+    let rig = clips();
+    let mut tracking = Tracking::start(&rig.mountpoint(), &[]);
+    // All by one number: what is told of one must not hide the next.
+    let worker = Worker::start(
+        &rig.mountpoint(),
+        &format!("for _ in range({OPENS}): os.close(os.open('clip1',os.O_RDONLY))"),
+        &[],
+    );
+    let pid = worker.pid();
+    worker.end();
+    let (mut opens, mut closes) = (0, 0);
+    while closes < OPENS {
+        let line = tracking.next_where(|line| line["pid"] == pid);
+        match line["event"].as_str().unwrap() {
+            "open" => opens += 1,
+            "close" => closes += 1,
+            other => panic!("{other}"),
+        }
+        assert!(opens - closes <= 1, "{opens} opens, {closes} closes");
+        // One that is missing would leave this waiting.
+        if closes + 1 == OPENS {
+            assert!(opens + 1 >= OPENS, "{opens} opens");
+        }
+    }
+    assert_eq!(opens, OPENS);
+}

@@ -17,6 +17,7 @@ use anyhow::Result;
 use prometheus_client::collector::Collector;
 use prometheus_client::registry::Registry;
 use vmafx_bypass::metrics::{Health, Server};
+use vmafx_bypass::privileges::Capabilities;
 
 use crate::exit::{Coded, Exit};
 use crate::output::Notes;
@@ -33,7 +34,12 @@ pub struct Serving<T> {
 
 /// Serves `counted` at an address, if there is one; before there is anything to
 /// count, so that nothing has been done where it cannot listen there.
-pub fn serve<T>(address: Option<SocketAddr>, counted: T, notes: &Notes) -> Result<Serving<T>>
+pub fn serve<T>(
+    address: Option<SocketAddr>,
+    counted: T,
+    keep: Capabilities,
+    notes: &Notes,
+) -> Result<Serving<T>>
 where
     T: Collector + Health,
 {
@@ -42,7 +48,7 @@ where
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Arc::clone(&counted)));
         let health: Arc<dyn Health> = counted.clone();
-        Server::start(address, registry, health).map_err(|e| {
+        Server::start(address, registry, health, keep).map_err(|e| {
             let what = format!(
                 "metrics: cannot listen at {address}: {e}; name another address by --metrics"
             );

@@ -94,7 +94,12 @@ fn serve(args: &MountArgs, background: bool, notes: &Notes, signals: Signals) ->
     }
     raise_descriptor_limit();
     #[cfg(feature = "metrics")]
-    let metrics = metrics::serve(args.metrics.metrics, metrics::Mount::default(), notes)?;
+    let metrics = metrics::serve(
+        args.metrics.metrics,
+        metrics::Mount::default(),
+        vmafx_bypass::privileges::Capabilities::NONE,
+        notes,
+    )?;
     let unmounted = Arc::new(AtomicBool::new(false));
     let done = Arc::clone(&unmounted);
     let (tell, told_end) = mpsc::channel::<reexport::Unmounter>();

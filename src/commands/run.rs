@@ -87,7 +87,12 @@ mod tracking {
         let (args, given) = serve::given(args)?;
         let args = &args;
         #[cfg(feature = "metrics")]
-        let metrics = metrics::serve(args.metrics.metrics, metrics::Run::new(args), notes)?;
+        let metrics = metrics::serve(
+            args.metrics.metrics,
+            metrics::Run::new(args),
+            confine::lasting(),
+            notes,
+        )?;
         // Signals first: a prefix on a mount that hangs would hang the start.
         let stopper: Arc<Mutex<Option<Stopper>>> = Arc::default();
         let interrupted = signals.powerless().watch({

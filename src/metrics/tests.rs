@@ -56,7 +56,7 @@ fn serve(counted: Counted) -> (Server, Arc<Thing>) {
     registry.register_collector(Box::new(counted));
     let thing = Arc::new(Thing::default());
     let health: Arc<dyn Health> = thing.clone();
-    let server = Server::start(ANY.parse().unwrap(), registry, health);
+    let server = Server::start(ANY.parse().unwrap(), registry, health, Capabilities::NONE);
     (server.unwrap(), thing)
 }
 
@@ -199,7 +199,14 @@ fn counting_that_fails_is_told_and_counting_that_hangs_harms_nothing_else() {
 fn an_address_in_use_is_told() {
     let (server, thing) = serve(Counted::Well);
     let address = server.address();
-    let start = || Server::start(address, Registry::default(), thing.clone());
+    let start = || {
+        Server::start(
+            address,
+            Registry::default(),
+            thing.clone(),
+            Capabilities::NONE,
+        )
+    };
     assert_eq!(start().unwrap_err().kind(), io::ErrorKind::AddrInUse);
     drop(server);
     assert_eq!(start().unwrap().address(), address);

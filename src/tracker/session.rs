@@ -334,12 +334,19 @@ impl Loop<'_> {
 
         let mut events = [EpollEvent::empty(); 3];
         let mut taken = Instant::now();
+        // What was mounted since the start, epoll may not tell of any more.
+        let mut look = true;
         loop {
             self.shared.beat();
             let due = state
                 .doubt_due()
                 .map_or(reconciler.next_due(), |due| due.min(reconciler.next_due()));
-            let wait = due.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let wait = if look {
+                Duration::ZERO
+            } else {
+                due.saturating_duration_since(now)
+            };
             // Rounded up: not to come again and again just before it is due.
             let wait = EpollTimeout::try_from(wait.as_millis() + 1).unwrap_or(EpollTimeout::MAX);
             let count = match epoll.wait(&mut events, wait) {
@@ -359,7 +366,7 @@ impl Loop<'_> {
             reconciler.source.drain(state);
             state.settle_doubts();
             // After the events of before: they are about the mounts of before.
-            if woken_by(MOUNTS)
+            if (woken_by(MOUNTS) || std::mem::take(&mut look))
                 && let Ok(watches) = find_watches(prefixes, true)
                 && state.watch(watches, true)?
             {

@@ -22,6 +22,15 @@ use crate::mounts::Dev;
 /// it has got lost, or was reported under another open's name.
 const DOUBT: Duration = Duration::from_millis(20);
 
+/// An entry that is not as in the kernel's map.
+pub(super) struct Doubt {
+    since: Instant,
+    /// When the event was that tells so.
+    at: SystemTime,
+    /// Which open the entry is of: of another by now, events go on.
+    opened_at: u64,
+}
+
 pub(super) struct State<'a> {
     pub(super) shared: &'a Shared,
     pub(super) watched: MapHandle,
@@ -35,9 +44,8 @@ pub(super) struct State<'a> {
     /// Where clips are that are read; `None`: reads are not counted.
     pub(super) names: Option<Names>,
     pub(super) watches: Vec<Watch>,
-    /// Entries that the kernel's map does not have, since when, and when the
-    /// event that tells so was.
-    pub(super) doubts: BTreeMap<(u32, u32), (Instant, SystemTime)>,
+    /// Entries that the kernel's map does not have, or has by another open.
+    pub(super) doubts: BTreeMap<(u32, u32), Doubt>,
     /// Whether a report said that a process is marked for reconciliation.
     pub(super) marked: bool,
     /// Processes with an entry that came without its path.
@@ -150,7 +158,7 @@ impl State<'_> {
 
     /// When to look at doubts again, if there are any.
     pub(super) fn doubt_due(&self) -> Option<Instant> {
-        let since = self.doubts.values().map(|(since, _)| *since).min()?;
+        let since = self.doubts.values().map(|doubt| doubt.since).min()?;
         Some(since + DOUBT)
     }
 
@@ -159,12 +167,13 @@ impl State<'_> {
         let due: Vec<_> = self
             .doubts
             .iter()
-            .filter(|(_, (since, _))| since.elapsed() >= DOUBT)
-            .map(|(key, (_, at))| (*key, *at))
+            .filter(|(_, doubt)| doubt.since.elapsed() >= DOUBT)
+            .map(|(key, doubt)| (*key, doubt.at, doubt.opened_at))
             .collect();
-        for (key, at) in due {
+        for (key, at, opened_at) in due {
             self.doubts.remove(&key);
-            self.agree(key, at, true);
+            let is_of = self.shared.read_table().opened_at(key);
+            self.agree(key, at, is_of == Some(opened_at));
         }
     }
 
@@ -206,8 +215,8 @@ impl State<'_> {
     }
 
     /// Looks up what the kernel has for a descriptor that events were about.
-    /// An entry that it does not have goes if `for_good`; else its close is
-    /// probably on its way.
+    /// An entry that it does not have goes if `for_good`, and one that it has by
+    /// another open is that; else the events of it are probably on their way.
     pub(super) fn agree(&mut self, (pid, fd): (u32, u32), at: SystemTime, for_good: bool) {
         if !self.write_table().holds((pid, fd)) {
             return;
@@ -218,11 +227,24 @@ impl State<'_> {
             return;
         };
         let found = found.and_then(|bytes| abi::value::<vb_fd>(&bytes));
-        if found.is_none() && !for_good {
-            self.doubts.entry((pid, fd)).or_insert((Instant::now(), at));
+        let found = found.map(|entry| (entry.opened_at, entry.ino));
+        let Some(opened_at) = self.shared.read_table().opened_at((pid, fd)) else {
+            return;
+        };
+        if !for_good {
+            let agrees = found.is_some_and(|(found, _)| found == opened_at);
+            let known = self.doubts.get(&(pid, fd));
+            if !agrees && known.is_none_or(|doubt| doubt.opened_at != opened_at) {
+                let since = Instant::now();
+                let doubt = Doubt {
+                    since,
+                    at,
+                    opened_at,
+                };
+                self.doubts.insert((pid, fd), doubt);
+            }
             return;
         }
-        let found = found.map(|entry| (entry.opened_at, entry.ino));
         let agreed = self.write_table().agree((pid, fd), found, at);
         match agreed {
             Some(Agreed::Gone(change)) => self.announce(change),

@@ -304,6 +304,11 @@ impl Table {
         self.0.range(range).map(|(key, _)| *key).collect()
     }
 
+    /// Which open an entry is of.
+    pub(super) fn opened_at(&self, key: (u32, u32)) -> Option<u64> {
+        self.0.get(&key).map(|entry| entry.opened_at)
+    }
+
     /// Makes an entry agree with the kernel's map, which is the truth: events
     /// of threads that race for one number need not tell how it ended. `found`
     /// is what the map has: when it was made, and its inode.
