@@ -7,7 +7,8 @@
 mod common;
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -76,6 +77,8 @@ struct Work {
     lines: AtomicU64,
     /// Clips that were read whole by a handover.
     handed: AtomicU64,
+    /// Scrapes of the metrics.
+    scrapes: AtomicU64,
     /// Opens of the last burst that were told.
     burst: AtomicU64,
 }
@@ -151,6 +154,38 @@ fn be_given(socket: &Path, mount: &Path, work: &Work) {
                 Work::add(&work.handed);
             }
         }
+    }
+}
+
+/// What is served at a path.
+fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: soak\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// The losses that a page of metrics has, by cause.
+fn losses_of(page: &str) -> Vec<(String, u64)> {
+    let prefix = "vmafx_bypass_losses_total{cause=\"";
+    let lines = page.lines().filter_map(|line| line.strip_prefix(prefix));
+    lines
+        .map(|line| {
+            let (cause, count) = line.split_once("\"} ").unwrap();
+            (cause.to_owned(), count.parse().unwrap())
+        })
+        .collect()
+}
+
+/// Scrapes as often as no Prometheus does.
+fn scrape(address: SocketAddr, work: &Work) {
+    while !work.is_over() {
+        let page = get(address, "/metrics");
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        assert!(get(address, "/healthz").starts_with("HTTP/1.1 200"));
+        Work::add(&work.scrapes);
+        std::thread::sleep(Duration::from_millis(200));
     }
 }
 
@@ -232,29 +267,37 @@ fn run_stays_as_it_is() {
     let mount = rig.mountpoint();
     let folder = folder();
     let socket = folder.path().join("socket");
-    let arguments = ["--account", "--socket", socket.to_str().unwrap()];
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let metrics = format!("--metrics={address}");
+    let arguments = ["--account", &metrics, "--socket", socket.to_str().unwrap()];
     let mut tracking = Tracking::start(&mount, &arguments);
     eventually("a socket", || Raw::try_connect(&socket).is_ok());
     let pid = tracking.pid();
     let work = Work::default();
-    let (samples, summary) = std::thread::scope(|scope| {
+    let (samples, losses, summary) = std::thread::scope(|scope| {
         let (rig, work, mount, socket) = (&mut rig, &work, &mount, &socket);
         let given = scope.spawn(move || be_given(socket, mount, work));
+        let scraping = scope.spawn(move || scrape(address, work));
         let stressed = scope.spawn(move || {
             let samples = stress(rig, pid, work);
             work.over.store(true, Ordering::Relaxed);
             given.join().unwrap();
+            scraping.join().unwrap();
             // Once a clip of the last mount was told of, all are.
             let before = work.lines.load(Ordering::Relaxed);
             Worker::start(mount, "os.close(os.open('clip1',os.O_RDONLY))", &[]).end();
             eventually("events", || work.lines.load(Ordering::Relaxed) > before);
             burst(mount);
             eventually("every open", || work.burst.load(Ordering::Relaxed) >= BURST);
+            let losses = losses_of(&get(address, "/metrics"));
             kill(Pid::from_raw(pid as i32), Signal::SIGINT).unwrap();
-            samples
+            (samples, losses)
         });
         let summary = listen(&mut tracking, work);
-        (stressed.join().unwrap(), summary)
+        let (samples, losses) = stressed.join().unwrap();
+        (samples, losses, summary)
     });
     for s in &samples {
         eprintln!(
@@ -267,12 +310,17 @@ fn run_stays_as_it_is() {
         );
     }
     let handed = work.handed.load(Ordering::Relaxed);
-    eprintln!("{handed} clips read by handovers; {summary}");
+    let scrapes = work.scrapes.load(Ordering::Relaxed);
+    eprintln!("{handed} clips read by handovers, {scrapes} scrapes; {summary}");
     assert_eq!(summary["event"], "summary");
     assert_eq!(summary["tracked"], 0);
     assert_eq!(summary["complete"], true, "{summary}");
     assert_eq!(work.burst.load(Ordering::Relaxed), BURST);
-    assert!(handed > 0);
+    assert!(handed > 0 && scrapes > 0);
+    assert!(!losses.is_empty());
+    for (cause, count) in losses {
+        assert_eq!(summary["losses"][&cause], count, "{cause}");
+    }
     assert!(summary["account"]["reads"].as_u64().unwrap() > 0);
     let quarter = samples.len() / 4;
     let (early, late) = (&samples[quarter..2 * quarter], &samples[3 * quarter..]);

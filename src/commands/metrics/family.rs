@@ -66,7 +66,7 @@ macro_rules! families {
 }
 
 families! {
-    BUILD_INFO = "vmafx_bypass_build_info", Info, "1", ["version", "command"],
+    BUILD_INFO = "vmafx_bypass_build_info", Info, "1", ["version", "revision", "command"],
         "both", "stable", "Which build this is, and which of its commands";
     READY = "vmafx_bypass_ready", Gauge, "0 or 1", [],
         "both", "stable", "Whether /readyz answers 200";

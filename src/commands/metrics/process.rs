@@ -4,6 +4,7 @@ use std::fmt;
 
 use procfs::ProcResult;
 use procfs::process::{LimitValue, Process};
+use vmafx_bypass::version;
 
 use super::family::{
     BUILD_INFO, PROCESS_CPU, PROCESS_FDS, PROCESS_MAX_FDS, PROCESS_RESIDENT, PROCESS_START,
@@ -36,7 +37,8 @@ fn own() -> ProcResult<Own> {
 
 /// The build, the command and the process.
 pub fn write(page: &mut Page<'_>, command: &str) -> fmt::Result {
-    page.info(&BUILD_INFO, [env!("CARGO_PKG_VERSION"), command])?;
+    let build = version::build();
+    page.info(&BUILD_INFO, [build.version, build.revision, command])?;
     // Where /proc is closed the rest is still worth having.
     let Ok(own) = own() else { return Ok(()) };
     page.one(&PROCESS_CPU, own.cpu_seconds)?;
