@@ -172,15 +172,18 @@ fn the_readme_s_commands_work() {
             .replace("/rclone-mount", rig.mountpoint().to_str().unwrap())
             .replace("/clips", &at("clips"))
             .replace("/run/vmafx-bypass.sock", &at("socket"));
-        // Apart from what else tracks here.
-        let line = ["run ", "dump-map", "top"]
-            .iter()
-            .fold(line, |line, command| {
-                line.replace(
-                    &format!("vmafx-bypass {}", command.trim_end()),
-                    &format!("vmafx-bypass {} --pin-dir {pins}", command.trim_end()),
-                )
-            });
+        // Apart from what else tracks and serves here; and `top` ends by itself.
+        let line = [
+            ("bypass run", format!("bypass run --pin-dir {pins}")),
+            ("dump-map", format!("dump-map --pin-dir {pins}")),
+            (
+                "bypass top",
+                format!("bypass top --count 1 --pin-dir {pins}"),
+            ),
+            ("--metrics", "--metrics=127.0.0.1:0".into()),
+        ]
+        .iter()
+        .fold(line, |line, (from, to)| line.replace(from, to));
         ran += 1;
         let words: Vec<&str> = line.split_whitespace().collect();
         if words.starts_with(&["VMAFX_EBPF_BYPASS=1", "vmafx-bypass", "run"]) {
