@@ -23,6 +23,10 @@ use vmafx_bypass::rig::{Rig, RigOptions};
 /// Somebody who is nobody else on the machine.
 const USER: u32 = 54_321;
 
+/// What clips are while an rclone starts, such as another test's: until it is known
+/// where that caches, it might be in the same folder.
+const STARTS: &str = "unsupported";
+
 /// linux/capability.h.
 const DAC_OVERRIDE: u64 = 1 << 1;
 const DAC_READ_SEARCH: u64 = 1 << 2;
@@ -104,17 +108,18 @@ impl Place {
         words
     }
 
-    /// What `run` makes of the clip, opened by another process; it must end well.
-    fn tracked(&self, command: &mut Command) -> Value {
-        self.tracked_with(command, &[])
-    }
-
-    fn tracked_with(&self, command: &mut Command, more: &[&str]) -> Value {
-        let mut run = Run::start(command.args(self.run_arguments()).args(more));
+    /// `run` follows another process that opens the clip, of which it must say this,
+    /// and ends well.
+    fn tracks(&self, command: &mut Command, state: &str) {
+        let mut run = Run::start(command);
         assert!(self.bpf().join("pins").exists());
-        let worker = Worker::start(&self.rig.mountpoint(), "os.open('clip',0)", &[]);
-        let open = run.next_where(|line| line["event"] == "open");
-        assert_eq!(open["pid"], worker.pid());
+        eventually(state, || {
+            let worker = Worker::start(&self.rig.mountpoint(), "os.open('clip',0)", &[]);
+            let open = run.next_where(|line| line["event"] == "open");
+            assert_eq!(open["pid"], worker.pid());
+            assert!(open["state"] == state || open["state"] == STARTS, "{open}");
+            open["state"] == state
+        });
         // Once it is attached, nobody has what it takes to attach.
         for thread in threads(run.child.id()) {
             assert_eq!(
@@ -126,7 +131,6 @@ impl Place {
         }
         run.end();
         assert!(!self.bpf().join("pins").exists());
-        open
     }
 }
 
@@ -230,8 +234,8 @@ fn two_capabilities_track_and_two_more_tell_states() {
         ("+bpf,+perfmon", "permission"),
         ("+bpf,+perfmon,+dac_read_search,+sys_ptrace", "active"),
     ] {
-        let open = place.tracked(&mut place.as_user(capabilities));
-        assert_eq!(open["state"], state, "{capabilities}");
+        let mut command = place.as_user(capabilities);
+        place.tracks(command.args(place.run_arguments()), state);
     }
     // One of the two does not do.
     for less in ["+bpf", "+perfmon", ""] {
@@ -267,7 +271,8 @@ fn file_capabilities_do_as_well() {
         .next()
         .unwrap();
     set(capabilities);
-    assert_eq!(place.tracked(&mut place.as_user(""))["state"], "active");
+    let mut command = place.as_user("");
+    place.tracks(command.args(place.run_arguments()), "active");
 }
 
 #[test]
@@ -280,13 +285,14 @@ fn tracepoints_take_a_capability_more_or_a_folder_that_is_open() {
     let output = command.output().unwrap();
     assert_fails(&output, 3, "may not be read: add CAP_DAC_READ_SEARCH");
     let mut command = place.as_user("+bpf,+perfmon,+dac_read_search");
-    place.tracked_with(&mut command, &["--attach=tracepoint"]);
+    command.args(place.run_arguments());
+    place.tracks(command.arg("--attach=tracepoint"), "permission");
 }
 
 #[test]
 fn run_as_root_gives_up_all_but_two_capabilities() {
     let place = Place::new();
-    let tracking = Tracking::start(&place.rig.mountpoint(), &[]);
+    let mut tracking = Tracking::start(&place.rig.mountpoint(), &[]);
     let threads = threads(tracking.pid());
     assert!(threads.len() >= 3, "{threads:?}");
     for thread in &threads {
@@ -305,14 +311,17 @@ fn run_as_root_gives_up_all_but_two_capabilities() {
         assert_eq!(thread.bounding, kept, "{thread:?}");
         assert_eq!((thread.no_new_privs, thread.seccomp), (1, 2), "{thread:?}");
     }
-    // It goes on, over mounts that go and come, and shows states.
-    let mut tracking = tracking;
-    let worker = Worker::start(&place.rig.mountpoint(), "os.open('clip',0)", &[]);
-    let open = tracking.next_where(|line| line["event"] == "open");
-    assert_eq!(
-        (&open["pid"], &open["state"]),
-        (&worker.pid().into(), &"active".into())
-    );
+    // It goes on, and tells states.
+    eventually("a state", || {
+        let worker = Worker::start(&place.rig.mountpoint(), "os.open('clip',0)", &[]);
+        let open = tracking.next_where(|line| line["event"] == "open");
+        assert_eq!(open["pid"], worker.pid());
+        assert!(
+            open["state"] == "active" || open["state"] == STARTS,
+            "{open}"
+        );
+        open["state"] == "active"
+    });
     tracking.end(Signal::SIGTERM);
 }
 
@@ -336,15 +345,12 @@ fn the_handover_server_keeps_what_it_takes_to_serve() {
             let output = command.arg(place.clip()).output().unwrap();
             assert_eq!(output.stdout, b"clip");
             let stats = stats(&output);
-            let expected = [
-                (&"active".into(), &4.into()),
-                (&"handover".into(), &0.into()),
-            ];
+            let state = stats["state"].as_str().unwrap().to_owned();
             assert!(
-                expected.contains(&(&stats["state"], &stats["cache_bytes"])),
+                ["active", "handover", STARTS].contains(&state.as_str()),
                 "{stats}"
             );
-            stats["state"] == "active"
+            state == "active" && stats["cache_bytes"] == 4
         });
     };
     read(&|| place.as_user(""));
@@ -391,11 +397,15 @@ fn with_two_capabilities_a_user_reads_past_fuse() {
         ("+sys_ptrace", "permission"),
         ("+dac_read_search,+sys_ptrace", "active"),
     ] {
-        let mut command = place.as_user(capabilities);
-        let command = command.args(["read", "--stats=json", "--output=-"]);
-        let output = command.arg(place.clip()).output().unwrap();
-        assert_eq!(output.stdout, b"clip");
-        assert_eq!(stats(&output)["state"], state, "{capabilities}");
+        eventually(state, || {
+            let mut command = place.as_user(capabilities);
+            let command = command.args(["read", "--stats=json", "--output=-"]);
+            let output = command.arg(place.clip()).output().unwrap();
+            assert_eq!(output.stdout, b"clip");
+            let found = &stats(&output)["state"];
+            assert!(found == state || found == STARTS, "{}", stderr(&output));
+            found == state
+        });
     }
 }
 
