@@ -113,23 +113,7 @@ mod tracking {
         if interrupted.exit().is_some() {
             tracker.stopper().stop();
         }
-        if tracker.replaced_pins() {
-            notes.note(format_args!(
-                "warning: replaced the pins that a dead process had left at `{}`",
-                args.pin_dir.display()
-            ));
-        }
-        for (mode, error) in tracker.refused_modes() {
-            notes.detail(format_args!("not attached by {}: {error}", mode.name()));
-        }
-        if tracker.attach_mode() == Some(AttachMode::Tracepoint) {
-            notes.note("note: 32-bit programs are not seen by --attach tracepoint");
-        }
-        if tracker.in_pid_namespace() {
-            notes.note(
-                "warning: in a pid namespace of its own: processes outside of it are not shown",
-            );
-        }
+        tell_how(&tracker, args, notes);
         let bound = serve::bind(args, notes, given)?;
         confine::before_serving(args, notes);
         let server = serve::start(args, notes, bound)?;
@@ -185,6 +169,27 @@ mod tracking {
         summarised?;
         accounts?;
         Ok(Exit::Done)
+    }
+
+    /// Tells what is not as it would be elsewhere.
+    fn tell_how(tracker: &Tracker, args: &RunArgs, notes: &Notes) {
+        if tracker.replaced_pins() {
+            notes.note(format_args!(
+                "warning: replaced the pins that a dead process had left at `{}`",
+                args.pin_dir.display()
+            ));
+        }
+        for (mode, error) in tracker.refused_modes() {
+            notes.detail(format_args!("not attached by {}: {error}", mode.name()));
+        }
+        if tracker.attach_mode() == Some(AttachMode::Tracepoint) {
+            notes.note("note: 32-bit programs are not seen by --attach tracepoint");
+        }
+        if tracker.in_pid_namespace() {
+            notes.note(
+                "warning: in a pid namespace of its own: processes outside of it are not shown",
+            );
+        }
     }
 
     fn mode(attach: Attach) -> Option<AttachMode> {

@@ -86,10 +86,9 @@ class PodTest(unittest.TestCase):
         self.assertFalse(self.node.pins.exists())
 
     def test_a_pod_tracks_mounts_that_come_go_and_come_back(self):
-        pod = Pod(self, tracker(self.node, account=True))
+        pod = Pod(self, tracker(self.node, account=True, metrics={"enabled": True}))
         # It is there before the node's rclone.
         self.assert_rights(pod.pid(), BASE)
-        lab.until(pod.told, lambda: "waiting for a mount" in pod.told())
         for round in (1, 2):
             self.node.mount()
             pod.wait_for(round, event="mount")
@@ -99,6 +98,11 @@ class PodTest(unittest.TestCase):
             pod.wait_for(round, event="unmount")
         # The first read has cached it, and the cache was found past the pod's own root.
         self.assertEqual(opened[-1]["state"], "active", opened)
+        # Under the profile, in the pod's own network.
+        get = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9779/metrics').read())"
+        inside = ["nsenter", f"--target={pod.pid()}", "--net"]
+        page = lab.run(*inside, "python3", "-c", get).stdout
+        self.assertIn("vmafx_bypass_fuse_reads_total", page)
         self.assert_ends_well(pod)
 
     def test_the_mount_may_be_there_first(self):
