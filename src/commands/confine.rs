@@ -130,13 +130,15 @@ const SERVERS: &[c_long] = &[
 
 /// Commands of bpf(2), as first and last (include/uapi/linux/bpf.h), that make
 /// programs, maps, links and pins, or look for those of others. Left are the ones
-/// that work on a map or a program by its descriptor, or by its pin.
-const BPF_COMMANDS: [(u64, u64); 6] = [
+/// that work on a map or a program by its descriptor, or by its pin: 21 takes an
+/// element out of a map.
+const BPF_COMMANDS: [(u64, u64); 7] = [
     (0, 0),
     (5, 6),
     (8, 9),
     (11, 14),
-    (16, 23),
+    (16, 20),
+    (22, 23),
     (28, u32::MAX as u64),
 ];
 

@@ -153,7 +153,10 @@ impl<'a> Reconciler<'a> {
             let mut marked = BTreeMap::new();
             for key in keys {
                 // First: a mark that comes from now on is a new one.
-                let why = self.marks.lookup_and_delete(&key).ok().flatten();
+                let Ok(why) = self.marks.lookup_and_delete(&key) else {
+                    state.shared.note_reconcile_failed(&mut state.published);
+                    continue;
+                };
                 if let Ok(pid) = key.try_into().map(u32::from_ne_bytes) {
                     marked.insert(pid, why.map_or(Mark::FOUND, |bytes| Mark::decode(&bytes)));
                 }
