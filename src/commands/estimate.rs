@@ -64,28 +64,42 @@ impl Estimator {
         }
         let found = Locator::with(|locator| {
             let table = locator.table();
-            let (mount, inside) = on_rclone(&table, dev, path)
-                .ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
-            let (folders, facts) = if let Some(cache_dir) = &self.cache_dir {
-                // With the cache named, the daemon need not be found.
-                let folders = Folders::new(mount, cache_dir.clone());
-                (folders, mount_facts(mount.read_only, None))
-            } else {
-                let located = locator.locate(mount)?;
-                let facts = located.mount_facts();
-                (located.folders, facts)
-            };
-            let refusal = check_mount(&facts, &mut Trail::off()).err();
-            Ok(Found {
-                folders,
-                inside,
-                mount: refusal.map(|refusal| refusal.reason),
-            })
+            let place = on_rclone(&table, dev, path);
+            Ok(place.map(|(mount, inside)| self.in_cache(locator, mount, inside)))
         });
+        let found = match found {
+            Ok(Some(found)) => found,
+            // Not kept: the device may be a new mount's at once.
+            Ok(None) => return Err(Refusal::new(Reason::NotRclone, "its mount is gone")),
+            Err(refusal) => Err(refusal),
+        };
         if let Err(refusal) = &found {
             self.failures.insert(dev, (Instant::now(), refusal.clone()));
         }
         found
+    }
+
+    fn in_cache(
+        &self,
+        locator: &mut Locator,
+        mount: &Mount,
+        inside: PathBuf,
+    ) -> Result<Found, Refusal> {
+        let (folders, facts) = if let Some(cache_dir) = &self.cache_dir {
+            // With the cache named, the daemon need not be found.
+            let folders = Folders::new(mount, cache_dir.clone());
+            (folders, mount_facts(mount.read_only, None))
+        } else {
+            let located = locator.locate(mount)?;
+            let facts = located.mount_facts();
+            (located.folders, facts)
+        };
+        let refusal = check_mount(&facts, &mut Trail::off()).err();
+        Ok(Found {
+            folders,
+            inside,
+            mount: refusal.map(|refusal| refusal.reason),
+        })
     }
 }
 
