@@ -54,6 +54,45 @@ for unit in vmafx-bypass.service vmafx-bypass.socket; do
     [ -f "/mnt/root$page" ] || fail "$unit names $page, which is not there"
 done
 
+# As an operator would: a mount, numbers for a dashboard, a look, a clip explained.
+await() { # what, command …
+    local what=$1
+    shift
+    for _ in $(seq 300); do
+        "$@" && return
+        sleep 0.1
+    done
+    fail "$what did not happen; run said: $(cat /mnt/home/run.log 2>/dev/null)"
+}
+mkdir /mnt/home/source /mnt/home/media /mnt/home/cache
+head -c 1M /dev/urandom >/mnt/home/source/clip.y4m
+within rclone --config= mount --read-only --vfs-cache-mode full --cache-dir /mnt/cache \
+    --daemon /mnt/source /mnt/media
+clip=/mnt/root/mnt/media/clip.y4m
+await "a mount" test -e "$clip"
+cat "$clip" >/dev/null
+within env VMAFX_EBPF_BYPASS=1 vmafx-bypass run --prefix /mnt/media --account \
+    --metrics=127.0.0.1:0 --no-events 2>/mnt/home/run.log &
+await "an address" grep -q "metrics at" /mnt/home/run.log
+await "attaching" grep -q "attached by" /mnt/home/run.log
+port=$(sed -n 's|^metrics at http://127.0.0.1:\([0-9]*\)/metrics$|\1|p' /mnt/home/run.log)
+scrape() {
+    exec 8<>"/dev/tcp/127.0.0.1/$port"
+    printf 'GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n' >&8
+    cat <&8
+}
+is_told() { [[ $(scrape) == *"vmafx_bypass_tracked_fds 1"* ]]; }
+exec 9<"$clip"
+await "a number" is_told
+[[ $(within vmafx-bypass top --count 1) == *active*/mnt/media/clip.y4m* ]] || fail "top"
+[[ $(within vmafx-bypass explain --format json /mnt/media/clip.y4m) == *'"state":"active"'* ]] ||
+    fail "explain"
+exec 9<&-
+kill -TERM "$(within vmafx-bypass dump-map --format json | sed 's/.*"owner":{"pid":\([0-9]*\).*/\1/')"
+wait || fail "run: $(cat /mnt/home/run.log)"
+grep -q "summary: .* nothing lost" /mnt/home/run.log || fail "run: $(cat /mnt/home/run.log)"
+umount /mnt/root/mnt/media
+
 # An upgrade keeps what was set, and so does a removal.
 echo "# ours" >>/mnt/root/etc/default/vmafx-bypass
 systemctl --root=/mnt/root --quiet enable vmafx-bypass.service
