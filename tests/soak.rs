@@ -29,7 +29,7 @@ const SAMPLES: u32 = 40;
 const REMOUNTS: u32 = 4;
 /// Memory that may come in the second half, KiB: of a heap that is not yet as large as
 /// it gets, and of a clip more or less that is being proven.
-const SLACK_KIB: u64 = 4096;
+const SLACK_KIB: u64 = 8192;
 /// Descriptors more or less: connections and clips that are under way.
 const SLACK_FDS: u64 = 24;
 
