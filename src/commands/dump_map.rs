@@ -77,9 +77,7 @@ mod dumping {
             accounts.each.retain(|account| pids.contains(&account.pid));
             accounts.total = ReadCost::default();
             for account in &accounts.each {
-                accounts.total.reads += account.cost.reads;
-                accounts.total.bytes += account.cost.bytes;
-                accounts.total.ns += account.cost.ns;
+                accounts.total += account.cost;
             }
         }
         accounts

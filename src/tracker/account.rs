@@ -152,6 +152,14 @@ impl Live {
     }
 }
 
+impl std::ops::AddAssign for ReadCost {
+    fn add_assign(&mut self, other: Self) {
+        self.reads += other.reads;
+        self.bytes += other.bytes;
+        self.ns += other.ns;
+    }
+}
+
 impl ReadCost {
     fn of(account: &vb_account) -> Self {
         Self {
