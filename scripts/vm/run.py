@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Boots Debian's kernels under QEMU and runs tests in them: the rows of
 matrix.toml, all of them or those that are named. Ends with 1 where a kernel
-cannot be had, a guest does not come to its end, or a step fails, twice.
+cannot be had, or where a step fails twice or no guest comes to its end.
 
     scripts/vm/run.py [--keep] [KERNEL ...]
 
@@ -9,6 +9,7 @@ cannot be had, a guest does not come to its end, or a step fails, twice.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import shutil
@@ -28,6 +29,9 @@ VM = f"{TARGET}/vm"
 RCLONE_NEW = f"{TARGET}/rclone-new/rclone"
 # Of a console, what is shown where a guest did not end.
 TAIL = 100
+# How many guests run at a time.
+GUESTS = 2
+PREPARE = "prepare"
 
 
 def say(text):
@@ -84,7 +88,7 @@ def steps_of(kernel, matrix, built):
 
     steps = []
     if script := kernel.get("prepare"):
-        steps.append(step("prepare", ["sh", "-ec", script], {"exit": 0}))
+        steps.append(step(PREPARE, ["sh", "-ec", script], {"exit": 0}))
     for case in matrix["case"]:
         if kernel["name"] in case["kernels"]:
             for mode, expect in case["expect"].items():
@@ -143,23 +147,6 @@ def is_expected(result, expect):
     return message is None or (message in output and "\n" not in output)
 
 
-def judge(lines, steps):
-    """What failed: steps, with what they printed, and that not all of them ran."""
-    results = [line for line in lines if "step" in line]
-    failed = []
-    for step, result in zip(steps, results):
-        good = is_expected(result, step["expect"])
-        say(f"  {'ok    ' if good else 'FAILED'} {step['name']} ({result['seconds']} s)")
-        if not good:
-            failed.append(f"{step['name']} ended with {result['code']}, expected was "
-                          f"{step['expect']}:\n{result['output']}")
-    if len(results) < len(steps):
-        failed.append(f"the guest ended before or in: {steps[len(results)]['name']}")
-    elif lines[-1] != {"ended": True}:
-        failed.append("the guest ended after its last step")
-    return failed
-
-
 def emulation_failed(console):
     """Whether a guest's kernel panicked on a breakpoint of its own: code that it
     changes while it runs, QEMU's other processor may run as it was for a moment
@@ -168,52 +155,89 @@ def emulation_failed(console):
         return "int3: 0000" in f.read()
 
 
-def run_row(kernel, matrix, built, root, keep):
-    """Whether all of a row is good."""
-    before = time.monotonic()
-    store = f"{VM}/kernels/{kernel['suite']}"
-    try:
-        kernels.fetch(store, kernel["suite"], kernel["package"])
-        found = kernels.Kernel(store)
-    except kernels.Missing as missing:
-        say(f"{kernel['name']}: FAILED: {missing}")
-        return False
-    folder = f"{VM}/guests/{kernel['name']}"
-    steps = steps_of(kernel, matrix, built)
-    say(f"{kernel['name']}: {found.version} of {kernel['suite']}")
-    for skip in matrix["skip"]:
-        if kernel["name"] in skip["kernels"]:
-            modes = f" ({', '.join(skip['modes'])})" if "modes" in skip else ""
-            say(f"  without {', '.join(skip['tests'])}{modes}: {skip['reason']}")
-    for processors in [matrix["guest"]["processors"], 1]:
-        lines, problem = boot(kernel, found, matrix, steps, root, folder, processors)
-        if lines[-1:] == [{"ended": True}] or not emulation_failed(f"{folder}/console"):
-            break
-        say("  QEMU has let the guest's kernel panic (int3): once more, with one processor")
-    failed = judge(lines, steps)
-    if problem:
-        failed.append(problem)
-    for text in failed:
-        say(f"{kernel['name']}: {text}")
-    if lines[-1:] != [{"ended": True}]:
-        with open(f"{folder}/console", errors="replace") as f:
-            say("the console's end:\n" + "".join(f.readlines()[-TAIL:]))
-    say(f"{kernel['name']}: {'FAILED' if failed else 'ok'}, {time.monotonic() - before:.0f} s")
-    if not keep:
-        shutil.rmtree(folder)
-    return not failed
+class Row:
+    """A kernel of the matrix, and what is to run under it."""
 
+    def __init__(self, kernel, matrix, built, root):
+        self.kernel, self.matrix, self.root = kernel, matrix, root
+        self.name = kernel["name"]
+        self.folder = f"{VM}/guests/{self.name}"
+        self.found = None
+        self.steps = steps_of(kernel, matrix, built)
 
-def run_twice(kernel, *arguments):
-    """Whether a row is good, or is good when it runs once more: guests are slow,
-    and the host may stop them for seconds."""
-    if run_row(kernel, *arguments):
-        return True
-    say(f"{kernel['name']}: once more")
-    if run_row(kernel, *arguments):
-        say(f"unstable: {kernel['name']} failed, and then succeeded")
-        return True
-    return False
+    def say(self, text):
+        say(f"{self.name}: {text}")
+
+    def fetch(self):
+        store = f"{VM}/kernels/{self.kernel['suite']}"
+        try:
+            kernels.fetch(store, self.kernel["suite"], self.kernel["package"])
+            self.found = kernels.Kernel(store)
+        except kernels.Missing as missing:
+            self.say(missing)
+            return
+        self.say(f"{self.found.version} of {self.kernel['suite']}")
+        for skip in self.matrix["skip"]:
+            if self.name in skip["kernels"]:
+                modes = f" ({', '.join(skip['modes'])})" if "modes" in skip else ""
+                self.say(f"without {', '.join(skip['tests'])}{modes}: {skip['reason']}")
+
+    def with_preparation(self, steps):
+        """Steps for a guest of their own."""
+        first = self.steps[0]
+        prepares = first["name"] == PREPARE and first not in steps
+        return [first, *steps] if prepares else steps
+
+    def boot(self, steps, processors):
+        """Runs a guest: its results by step, and what was wrong with it, if so."""
+        steps = self.with_preparation(steps)
+        lines, problem = boot(
+            self.kernel, self.found, self.matrix, steps, self.root, self.folder, processors)
+        results = [(steps[line["step"]], line) for line in lines if "step" in line]
+        for step, result in results:
+            good = is_expected(result, step["expect"])
+            self.say(f"{'ok    ' if good else 'FAILED'} {step['name']} ({result['seconds']} s)")
+        if lines[-1:] != [{"ended": True}]:
+            problem = problem or "the guest ended before it should"
+        return results, problem
+
+    def attempt(self, steps):
+        """Runs steps: those that failed or that no guest has come to."""
+        results, problem = self.boot(steps, self.matrix["guest"]["processors"])
+        if problem and emulation_failed(f"{self.folder}/console"):
+            left = [step for step in steps if step not in [done for done, _ in results]]
+            self.say("QEMU has let the guest's kernel panic (int3): on with one processor")
+            more, problem = self.boot(left or steps[-1:], 1)
+            results += more
+        failed = [step for step in steps if step not in [done for done, _ in results]]
+        for step, result in results:
+            if not is_expected(result, step["expect"]):
+                self.say(f"{step['name']} ended with {result['code']}, expected was "
+                         f"{step['expect']}:\n{result['output']}")
+                failed.append(step)
+        if problem:
+            self.say(problem)
+            with open(f"{self.folder}/console", errors="replace") as f:
+                self.say("the console's end:\n" + "".join(f.readlines()[-TAIL:]))
+            failed = failed or steps[-1:]
+        return failed
+
+    def run(self, keep):
+        """Whether all of it is good, or is good when it runs once more: guests are
+        slow, and the host may stop them for seconds."""
+        if not self.found:
+            return False
+        before = time.monotonic()
+        failed = self.attempt(self.steps)
+        if failed:
+            again = ", ".join(step["name"] for step in failed)
+            self.say(f"once more: {again}")
+            if not (failed := self.attempt(failed)):
+                say(f"unstable: {again} of {self.name} failed, and then succeeded")
+        self.say(f"{'FAILED' if failed else 'ok'}, {time.monotonic() - before:.0f} s")
+        if not keep:
+            shutil.rmtree(self.folder)
+        return not failed
 
 
 def main():
@@ -239,11 +263,17 @@ def main():
     built = build_root(matrix, root)
     say(f"built the root in {time.monotonic() - before:.0f} s, "
         f"{os.path.getsize(root) >> 20} MiB")
-    bad = [row["name"] for row in rows
-           if not run_twice(row, matrix, built, root, arguments.keep)]
-    if bad:
+    rows = [Row(kernel, matrix, built, root) for kernel in rows]
+    for row in rows + rows:
+        # The network may fail once.
+        if not row.found:
+            row.fetch()
+    # Tests wait more than they compute; guests side by side take half the time.
+    with concurrent.futures.ThreadPoolExecutor(GUESTS) as pool:
+        good = list(pool.map(lambda row: row.run(arguments.keep), rows))
+    if bad := [row.name for row, is_good in zip(rows, good) if not is_good]:
         sys.exit(f"vm: FAILED: {', '.join(bad)}")
-    say(f"all good: {', '.join(row['name'] for row in rows)}")
+    say(f"all good: {', '.join(row.name for row in rows)}")
 
 
 if __name__ == "__main__":
