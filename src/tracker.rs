@@ -310,8 +310,7 @@ impl Tracker {
     /// # Errors
     /// Where the maps cannot be read.
     pub fn accounts(&self) -> std::io::Result<Option<Accounts>> {
-        let maps = self.shared.lock_accounts();
-        maps.as_ref().map(|live| live.maps.read()).transpose()
+        self.shared.accounts()
     }
 
     /// What a process has read of a clip so far; `None`: nothing, or it is not
@@ -501,6 +500,11 @@ impl Shared {
 
     fn lock_accounts(&self) -> std::sync::MutexGuard<'_, Option<account::Live>> {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn accounts(&self) -> std::io::Result<Option<Accounts>> {
+        let live = self.lock_accounts();
+        live.as_ref().map(|live| live.maps.read()).transpose()
     }
 
     fn lock_subscribers(&self) -> std::sync::MutexGuard<'_, Vec<SyncSender<Update>>> {

@@ -106,6 +106,18 @@ fn is_summarised(scrape: &Scrape, summary: &Value) {
     }
     let seconds = scrape.seconds("fuse_read_seconds_total");
     assert!((seconds - account["read_ns"].as_f64().unwrap() / 1e9).abs() < 1e-6);
+    // The rate is measured for each; rates of one machine are alike. The estimates are
+    // older: of the other clip nothing was cached then.
+    let savable = scrape.seconds("savable_seconds");
+    let clips = account["clips"].as_array().unwrap();
+    let ours = |clip: &&Value| clip["path"].as_str().unwrap().ends_with(CLIP);
+    let saved = clips.iter().find(ours).unwrap()["saved_ns"]
+        .as_f64()
+        .unwrap()
+        / 1e9;
+    assert!(savable > 0.0 && savable < seconds, "{savable} of {seconds}");
+    let near = |a: f64, b: f64| a < 1.5 * b && b < 1.5 * a;
+    assert!(near(savable, saved), "{savable} s, {saved} s");
     let refused = filled(scrape.by("handover_refused_total"));
     assert_eq!(refused, counts(&handover["refused"]));
     let refused = refused.values().sum();

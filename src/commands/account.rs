@@ -119,7 +119,7 @@ impl LocalRate {
 
     /// What the bypass would have saved of a cost, if this share of the clip is
     /// cached, nanoseconds.
-    fn saved(&self, cost: Cost, share: f64) -> u64 {
+    pub fn saved(&self, cost: Cost, share: f64) -> u64 {
         let local = cost.reads as f64 * self.local_call_ns
             + cost.read_bytes as f64 * 1e9 / self.local_bytes_per_s;
         (share * (cost.read_ns as f64 - local)).max(0.0) as u64
@@ -326,7 +326,7 @@ fn sum(one: Option<u64>, other: Option<u64>) -> Option<u64> {
 }
 
 /// How much of a clip the bypass would read from the cache, 0 to 1.
-fn share(cached_bytes: Option<u64>, size: u64, reason: Option<Reason>) -> f64 {
+pub fn share(cached_bytes: Option<u64>, size: u64, reason: Option<Reason>) -> f64 {
     match (cached_bytes, reason) {
         (Some(cached), None | Some(Reason::Partial)) if size > 0 => {
             (cached as f64 / size as f64).min(1.0)

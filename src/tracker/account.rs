@@ -79,7 +79,12 @@ impl Maps {
         let found: Vec<(vb_account_key, vb_account)> = all
             .filter_map(|(key, value)| Some((abi::value(&key)?, abi::value(&value)?)))
             .collect();
-        let total = self.total()?;
+        let all = self.all_cpus().map_err(failed)?;
+        let total = ReadCost {
+            reads: all.reads,
+            bytes: all.bytes,
+            ns: all.ns,
+        };
         let names = pinned::read_paths(&self.clips, found.len());
         let mut each = Vec::new();
         let forgotten = begun.saturating_sub(found.len() as u64);
@@ -107,16 +112,6 @@ impl Maps {
             total,
             each,
             forgotten,
-        })
-    }
-
-    /// All reads so far.
-    pub(super) fn total(&self) -> io::Result<ReadCost> {
-        let all = self.all_cpus().map_err(failed)?;
-        Ok(ReadCost {
-            reads: all.reads,
-            bytes: all.bytes,
-            ns: all.ns,
         })
     }
 

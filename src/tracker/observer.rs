@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::table::{EventKind, TrackedFd};
-use super::{AttachMode, Losses, ReadCost, Shared, Watch};
+use super::{Accounts, AttachMode, Losses, Shared, Watch};
 use crate::sys::coarse_ms;
 
 /// Reads what a [`Tracker`](super::Tracker) knows, from any thread, also when that has
@@ -45,14 +45,12 @@ impl Observer {
         EventKind::ALL.into_iter().zip(counts)
     }
 
-    /// What all reads cost so far, as [`Accounts::total`]; `None`: they are not counted,
-    /// or the map cannot be read.
+    /// As [`Tracker::accounts`](super::Tracker::accounts).
     ///
-    /// [`Accounts::total`]: super::Accounts::total
-    #[must_use]
-    pub fn read_total(&self) -> Option<ReadCost> {
-        let live = self.0.lock_accounts();
-        live.as_ref()?.maps.total().ok()
+    /// # Errors
+    /// Where the maps cannot be read.
+    pub fn accounts(&self) -> std::io::Result<Option<Accounts>> {
+        self.0.accounts()
     }
 
     /// Whether tracking has ended.

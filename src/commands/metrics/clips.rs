@@ -1,15 +1,15 @@
-//! How the clips that are open could be read, by rclone's metadata. There may be tens
-//! of thousands, each a file to read, and a scrape comes every few seconds: so an
+//! How the clips that are open, and those that were read, could be read by the bypass,
+//! by rclone's metadata. There may be tens of thousands, each a file to read, and a scrape comes every few seconds: so an
 //! estimate is kept for a while, and none is made once a scrape has taken its time.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmafx_bypass::Reason;
-use vmafx_bypass::tracker::TrackedFd;
+use vmafx_bypass::cache::rclone::Estimate;
+use vmafx_bypass::mounts::Dev;
+use vmafx_bypass::tracker::{Account, TrackedFd};
 
 use crate::commands::estimate::{self, Estimator};
 
@@ -21,34 +21,42 @@ pub const BUDGET: Duration = Duration::from_millis(250);
 const NOT_YET: &str = "unknown";
 
 /// A clip, by what an estimate depends on.
-struct Clip(Arc<TrackedFd>);
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Clip {
+    dev: Dev,
+    size: u64,
+    path: Option<PathBuf>,
+}
 
-impl PartialEq for Clip {
-    fn eq(&self, other: &Self) -> bool {
-        let (a, b) = (&self.0, &other.0);
-        (a.dev, a.size, &a.path) == (b.dev, b.size, &b.path)
+impl From<&TrackedFd> for Clip {
+    fn from(fd: &TrackedFd) -> Self {
+        Self {
+            dev: fd.dev,
+            size: fd.size,
+            path: fd.path.clone(),
+        }
     }
 }
 
-impl Eq for Clip {}
-
-impl Hash for Clip {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.0.dev, self.0.size, &self.0.path).hash(state);
+impl From<&Account> for Clip {
+    fn from(account: &Account) -> Self {
+        Self {
+            dev: account.dev,
+            size: account.size,
+            path: account.path.clone(),
+        }
     }
 }
 
-#[derive(Clone, Copy)]
-struct Estimated {
+struct Known {
     at: Instant,
-    state: &'static str,
-    cached: u64,
+    estimate: Estimate,
 }
 
-/// The estimates of clips that are open.
+/// The estimates of clips.
 pub struct Clips {
     estimator: Estimator,
-    known: HashMap<Clip, Estimated>,
+    known: HashMap<Clip, Known>,
 }
 
 /// Open clips at one moment.
@@ -67,46 +75,46 @@ impl Clips {
         }
     }
 
-    /// Looks at the clips of these descriptors, each counted once; makes no estimate
-    /// after this time.
-    pub fn sample(&mut self, entries: &[Arc<TrackedFd>], budget: Duration) -> Sample {
-        let open: HashSet<Clip> = entries.iter().map(|fd| Clip(Arc::clone(fd))).collect();
-        self.known.retain(|clip, _| open.contains(clip));
-        self.refresh(&open, Instant::now() + budget);
-        let mut sample = Sample::default();
-        for clip in &open {
-            let known = self.known.get(clip);
-            let state = known.map_or(NOT_YET, |known| known.state);
-            *sample.by_state.entry(state).or_default() += 1;
-            sample.size += clip.0.size;
-            sample.cached += known.map_or(0, |known| known.cached);
+    /// Looks at clips, and forgets all others; makes no estimate after this time.
+    pub fn refresh(&mut self, clips: &HashSet<Clip>, budget: Duration) {
+        let deadline = Instant::now() + budget;
+        self.known.retain(|clip, _| clips.contains(clip));
+        for clip in self.due(clips) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            let path = clip.path.as_deref();
+            let estimate = self.estimator.estimate(clip.dev, path, clip.size);
+            let at = Instant::now();
+            self.known.insert(clip.clone(), Known { at, estimate });
         }
-        sample
     }
 
     /// What has no estimate, and then what has an old one, the oldest first.
-    fn due<'a>(&self, open: &'a HashSet<Clip>) -> Vec<&'a Clip> {
+    fn due<'a>(&self, clips: &'a HashSet<Clip>) -> Vec<&'a Clip> {
         let at = |clip: &&Clip| self.known.get(clip).map(|known| known.at);
         let is_due = |clip: &&Clip| at(clip).is_none_or(|at| at.elapsed() >= FRESH);
-        let mut due: Vec<&Clip> = open.iter().filter(is_due).collect();
+        let mut due: Vec<&Clip> = clips.iter().filter(is_due).collect();
         due.sort_by_cached_key(at);
         due
     }
 
-    fn refresh(&mut self, open: &HashSet<Clip>, deadline: Instant) {
-        for Clip(fd) in self.due(open) {
-            if Instant::now() >= deadline {
-                return;
-            }
-            let path = fd.path.as_deref();
-            let estimate = self.estimator.estimate(fd.dev, path, fd.size);
-            let estimated = Estimated {
-                at: Instant::now(),
-                state: estimate::state(&estimate),
-                cached: estimate.cached_bytes.unwrap_or(0),
-            };
-            self.known.insert(Clip(Arc::clone(fd)), estimated);
+    /// The last estimate of a clip; `None`: no scrape has come to it.
+    pub fn estimate(&self, clip: &Clip) -> Option<&Estimate> {
+        self.known.get(clip).map(|known| &known.estimate)
+    }
+
+    /// Sums these clips up.
+    pub fn sample(&self, open: &HashSet<Clip>) -> Sample {
+        let mut sample = Sample::default();
+        for clip in open {
+            let estimate = self.estimate(clip);
+            let state = estimate.map_or(NOT_YET, estimate::state);
+            *sample.by_state.entry(state).or_default() += 1;
+            sample.size += clip.size;
+            sample.cached += estimate.and_then(|e| e.cached_bytes).unwrap_or(0);
         }
+        sample
     }
 }
 
@@ -121,27 +129,15 @@ impl Sample {
 
 #[cfg(test)]
 mod tests {
-    use std::time::UNIX_EPOCH;
-
-    use vmafx_bypass::mounts::Dev;
-
     use super::*;
 
     /// On no mount that there is.
-    fn fd(number: u32, path: &str, size: u64) -> Arc<TrackedFd> {
-        Arc::new(TrackedFd {
-            pid: 1,
-            own_pid: 1,
-            fd: number,
-            comm: "c".into(),
-            path: Some(path.into()),
+    fn clip(path: &str, size: u64) -> Clip {
+        Clip {
             dev: Dev::new(4095, 1),
-            ino: 1,
-            flags: 0,
             size,
-            opened_at: UNIX_EPOCH,
-            open_ns: None,
-        })
+            path: Some(path.into()),
+        }
     }
 
     fn states(sample: &Sample) -> Vec<(&'static str, u64)> {
@@ -149,36 +145,37 @@ mod tests {
     }
 
     #[test]
-    fn a_clip_counts_once_and_is_unknown_until_there_is_time_for_it() {
+    fn a_clip_is_unknown_until_there_is_time_for_it() {
         let mut clips = Clips::new(None);
-        let open = [fd(3, "/m/a", 5), fd(4, "/m/a", 5), fd(5, "/m/b", 7)];
-        let sample = clips.sample(&open, Duration::ZERO);
-        assert_eq!(states(&sample), [("unknown", 2)]);
-        assert_eq!((sample.size, sample.cached), (12, 0));
-        let sample = clips.sample(&open, PLENTY);
-        assert_eq!(states(&sample), [("not_rclone", 2)]);
-        // An estimate is kept, as long as the clip is open.
-        let sample = clips.sample(&open[..1], Duration::ZERO);
-        assert_eq!(states(&sample), [("not_rclone", 1)]);
-        let sample = clips.sample(&open, Duration::ZERO);
-        assert_eq!(states(&sample), [("unknown", 1), ("not_rclone", 1)]);
-        assert_eq!(states(&clips.sample(&[], PLENTY)), []);
+        let both = HashSet::from([clip("/m/a", 5), clip("/m/b", 7)]);
+        let one = HashSet::from([clip("/m/a", 5)]);
+        let mut look = |open: &HashSet<Clip>, budget| {
+            clips.refresh(open, budget);
+            let sample = clips.sample(open);
+            (states(&sample), sample.size, sample.cached)
+        };
+        assert_eq!(look(&both, Duration::ZERO), (vec![("unknown", 2)], 12, 0));
+        assert_eq!(look(&both, PLENTY), (vec![("not_rclone", 2)], 12, 0));
+        // An estimate is kept, as long as somebody asks for the clip.
+        assert_eq!(look(&one, Duration::ZERO).0, [("not_rclone", 1)]);
+        let some = [("unknown", 1), ("not_rclone", 1)];
+        assert_eq!(look(&both, Duration::ZERO).0, some);
+        assert_eq!(look(&HashSet::new(), PLENTY).0, []);
         assert!(clips.known.is_empty());
     }
 
     #[test]
     fn what_is_older_is_looked_at_first() {
         let mut clips = Clips::new(None);
-        let open = [fd(3, "/m/a", 5), fd(4, "/m/b", 5), fd(5, "/m/c", 7)];
-        clips.sample(&open[..2], PLENTY);
+        let [first, second, third] = ["/m/a", "/m/b", "/m/c"].map(|path| clip(path, 5));
+        clips.refresh(&HashSet::from([first.clone(), second.clone()]), PLENTY);
         // As if made long ago, the first one's longer.
         for (clip, known) in &mut clips.known {
-            let ago = if clip.0.fd == 3 { FRESH * 3 } else { FRESH * 2 };
+            let ago = if *clip == first { FRESH * 3 } else { FRESH * 2 };
             known.at -= ago;
         }
-        let all: HashSet<Clip> = open.iter().map(|fd| Clip(Arc::clone(fd))).collect();
-        let due: Vec<u32> = clips.due(&all).iter().map(|clip| clip.0.fd).collect();
-        assert_eq!(due, [5, 3, 4]);
+        let all = HashSet::from([first.clone(), second.clone(), third.clone()]);
+        assert_eq!(clips.due(&all), [&third, &first, &second]);
     }
 
     const PLENTY: Duration = Duration::from_secs(60);

@@ -132,6 +132,8 @@ families! {
         "run --account", "experimental", "Read calls through FUSE on tracked descriptors";
     FUSE_READ_SECONDS = "vmafx_bypass_fuse_read_seconds_total", Counter, "seconds", [],
         "run --account", "experimental", "Time that programs have spent in these calls";
+    SAVABLE = "vmafx_bypass_savable_seconds", Gauge, "seconds", [],
+        "run --account", "experimental", "Of this time, what the bypass would have saved, by an estimate";
     READ_BYTES = "vmafx_bypass_read_bytes_total", Counter, "bytes", ["path"],
         "run --account, mount", "stable",
         "Bytes read, from the cache and through FUSE; `run` sees those through FUSE alone";

@@ -1,6 +1,6 @@
 //! What `run` counts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -9,12 +9,13 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use vmafx_bypass::handover::ServerObserver;
 use vmafx_bypass::metrics::Health;
-use vmafx_bypass::tracker::{AttachMode, Observer, ReadCost};
+use vmafx_bypass::tracker::{Accounts, AttachMode, Observer};
 
-use super::clips::{BUDGET, Clips};
+use super::clips::{BUDGET, Clip, Clips};
 use super::page::Page;
 use super::{family, process};
 use crate::cli::RunArgs;
+use crate::commands::account::{LocalRate, share};
 
 /// A tracking thread that has done nothing for so long is stuck: it does something
 /// once a second, and seldom needs ten to look at every process of a large host.
@@ -26,6 +27,8 @@ pub struct Run {
     /// Whether it may be that no prefix is mounted.
     waits: bool,
     clips: Mutex<Clips>,
+    /// Measured when it is asked for; `None`: it cannot be.
+    rate: OnceLock<Option<LocalRate>>,
     /// Not before it is attached.
     live: OnceLock<Live>,
 }
@@ -41,6 +44,7 @@ impl Run {
             prefixes: args.prefix.len(),
             waits: args.wait.is_some(),
             clips: Mutex::new(Clips::new(args.cache_dir.clone())),
+            rate: OnceLock::new(),
             live: OnceLock::new(),
         }
     }
@@ -85,24 +89,42 @@ impl Run {
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         page.one(&family::COMPLETE, complete)?;
 
-        let clips = self.clips.lock();
-        let clips = clips
-            .unwrap_or_else(PoisonError::into_inner)
-            .sample(&entries, BUDGET);
-        page.each(&family::CLIPS, clips.states().map(|(name, n)| ([name], n)))?;
-        page.one(&family::CLIPS_SIZE, clips.size)?;
-        page.one(&family::CLIPS_CACHED, clips.cached)?;
-        match tracker.read_total() {
-            Some(cost) => write_reads(page, cost),
-            None => Ok(()),
-        }
+        // Where the maps cannot be read, the numbers are not there.
+        let accounts = tracker.accounts().unwrap_or_default();
+        let read = accounts.iter().flat_map(|accounts| &accounts.each);
+        let read: HashSet<Clip> = read.map(Clip::from).collect();
+        let open: HashSet<Clip> = entries.iter().map(|fd| Clip::from(&**fd)).collect();
+        let mut clips = self.clips.lock().unwrap_or_else(PoisonError::into_inner);
+        clips.refresh(&open.union(&read).cloned().collect(), BUDGET);
+        let sample = clips.sample(&open);
+        page.each(&family::CLIPS, sample.states().map(|(name, n)| ([name], n)))?;
+        page.one(&family::CLIPS_SIZE, sample.size)?;
+        page.one(&family::CLIPS_CACHED, sample.cached)?;
+        accounts.map_or(Ok(()), |accounts| {
+            self.write_accounts(page, &accounts, &clips)
+        })
     }
-}
 
-fn write_reads(page: &mut Page<'_>, cost: ReadCost) -> fmt::Result {
-    page.one(&family::FUSE_READS, cost.reads)?;
-    page.one(&family::FUSE_READ_SECONDS, cost.ns as f64 / 1e9)?;
-    page.each(&family::READ_BYTES, [(["fuse"], cost.bytes)])
+    fn write_accounts(
+        &self,
+        page: &mut Page<'_>,
+        accounts: &Accounts,
+        clips: &Clips,
+    ) -> fmt::Result {
+        let total = accounts.total;
+        page.one(&family::FUSE_READS, total.reads)?;
+        page.one(&family::FUSE_READ_SECONDS, total.ns as f64 / 1e9)?;
+        page.each(&family::READ_BYTES, [(["fuse"], total.bytes)])?;
+        let Some(rate) = self.rate.get_or_init(LocalRate::measure) else {
+            return Ok(());
+        };
+        let saved = accounts.each.iter().filter_map(|account| {
+            let estimate = clips.estimate(&Clip::from(account))?;
+            let share = share(estimate.cached_bytes, account.size, estimate.state);
+            Some(rate.saved(account.cost.into(), share))
+        });
+        page.one(&family::SAVABLE, saved.sum::<u64>() as f64 / 1e9)
+    }
 }
 
 fn write_server(page: &mut Page<'_>, server: &ServerObserver) -> fmt::Result {
