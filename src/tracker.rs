@@ -14,19 +14,18 @@ mod host;
 mod losses;
 mod observer;
 mod pinned;
-mod pulse;
 mod reconcile;
 mod session;
+mod shared;
 mod state;
 pub mod table;
 mod watch;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -38,20 +37,18 @@ pub use doctor::{Check, checks};
 pub use losses::{Loss, Losses};
 pub use observer::Observer;
 pub use pinned::{Dump, DumpEntry, DumpError, Owner, dump};
-pub use pulse::Pulse;
+pub use shared::{Subscription, Update};
 pub use table::{Event, EventKind, TrackedFd};
 pub use watch::{PrefixError, Watch};
 
-use crate::privileges::Capabilities;
-use table::Table;
+use shared::{Command, EndSubscriptions, Shared};
 
 use crate::mounts::Dev;
+use crate::privileges::Capabilities;
 use crate::sys::coarse_ms;
 
 /// Where maps are pinned unless told otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/vmafx-bypass";
-/// Events that a slow subscriber may lag behind.
-const SUBSCRIBER_CAPACITY: usize = 65_536;
 
 /// Why tracking could not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -165,42 +162,6 @@ impl Default for TrackerOptions {
 pub struct Tracker {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Result<(), TrackerError>>>,
-}
-
-/// What the tracking thread and its users share.
-struct Shared {
-    table: RwLock<Table>,
-    watches: RwLock<Vec<Watch>>,
-    subscribers: Mutex<Vec<SyncSender<Update>>>,
-    lagged: AtomicU64,
-    paths_full: AtomicU64,
-    reconcile_failed: AtomicU64,
-    /// Losses that were made good.
-    healed: AtomicU64,
-    events: AtomicU64,
-    /// What subscribers were told of descriptors, by kind.
-    told: [AtomicU64; EventKind::ALL.len()],
-    /// When the thread last did something, [`coarse_ms`]; it does so once a second.
-    beat_ms: AtomicU64,
-    ended: AtomicBool,
-    /// The most that was seen: the count goes with the programs.
-    recursion_misses: AtomicU64,
-    /// Likewise, of programs that count reads.
-    read_misses: AtomicU64,
-    /// The ids of these programs.
-    read_programs: OnceLock<Vec<u32>>,
-    replaced_pins: AtomicBool,
-    mode: OnceLock<AttachMode>,
-    refused: Mutex<Vec<(AttachMode, String)>>,
-    kernel: Mutex<Option<abi::Stats>>,
-    accounts: Mutex<Option<account::Live>>,
-    commands: Mutex<Sender<Command>>,
-    wake: EventFd,
-}
-
-enum Command {
-    Flush(Sender<()>),
-    Stop,
 }
 
 impl Tracker {
@@ -358,12 +319,6 @@ impl Tracker {
         self.shared.watches()
     }
 
-    /// A handle that tells another thread whether this one still works.
-    #[must_use]
-    pub fn pulse(&self) -> Pulse {
-        Pulse(Arc::clone(&self.shared))
-    }
-
     /// A handle that reads from another thread, and for as long as it is kept.
     #[must_use]
     pub fn observer(&self) -> Observer {
@@ -413,170 +368,5 @@ impl Stopper {
     /// Asks for the end and does not wait for it.
     pub fn stop(&self) {
         self.0.send(Command::Stop);
-    }
-}
-
-/// What a [`Tracker`] tells its subscribers. Small: a queue of 65,536 of them is
-/// allocated for each.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Update {
-    /// Something happened to a descriptor.
-    Fd(Event),
-    /// A prefix came on an rclone mount.
-    Mounted(Box<Watch>),
-    /// A prefix's mount went away.
-    Unmounted(Box<Watch>),
-}
-
-/// The updates of a [`Tracker`] from the subscription on.
-pub struct Subscription(Receiver<Update>);
-
-impl Subscription {
-    /// Waits for an update; `None` when tracking has ended.
-    #[must_use]
-    pub fn recv(&self) -> Option<Update> {
-        self.0.recv().ok()
-    }
-
-    /// Waits at most so long for an update.
-    ///
-    /// # Errors
-    /// `Timeout`, or `Disconnected` when tracking has ended.
-    pub fn recv_timeout(&self, timeout: Duration) -> Result<Update, RecvTimeoutError> {
-        self.0.recv_timeout(timeout)
-    }
-}
-
-/// Ends every subscription when the tracking thread ends, however it does.
-struct EndSubscriptions<'a>(&'a Shared);
-
-impl Drop for EndSubscriptions<'_> {
-    fn drop(&mut self) {
-        self.0.end_subscriptions();
-    }
-}
-
-impl Shared {
-    fn subscribe(&self) -> Subscription {
-        let (sender, receiver) = mpsc::sync_channel(SUBSCRIBER_CAPACITY);
-        self.lock_subscribers().push(sender);
-        Subscription(receiver)
-    }
-
-    fn end_subscriptions(&self) {
-        self.ended.store(true, Ordering::Relaxed);
-        self.lock_subscribers().clear();
-    }
-
-    fn send(&self, command: Command) {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where the thread has ended, there is nobody to tell or to wake.
-        if commands.send(command).is_ok() {
-            let _ = self.wake.write(1);
-        }
-    }
-
-    fn flush(&self) -> Result<(), TrackerError> {
-        let (done, wait) = mpsc::channel();
-        self.send(Command::Flush(done));
-        wait.recv()
-            .map_err(|_| TrackerError::Failed("the tracker has ended".into()))
-    }
-
-    fn watches(&self) -> Vec<Watch> {
-        let watches = self.watches.read();
-        watches.unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The thread is at work.
-    fn beat(&self) {
-        self.beat_ms.store(coarse_ms(), Ordering::Relaxed);
-    }
-
-    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, Table> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_accounts(&self) -> std::sync::MutexGuard<'_, Option<account::Live>> {
-        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn accounts(&self) -> std::io::Result<Option<Accounts>> {
-        let live = self.lock_accounts();
-        live.as_ref().map(|live| live.maps.read()).transpose()
-    }
-
-    fn lock_subscribers(&self) -> std::sync::MutexGuard<'_, Vec<SyncSender<Update>>> {
-        self.subscribers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn publish(&self, update: &Update) {
-        if let Update::Fd(event) = update {
-            self.told[event.kind as usize].fetch_add(1, Ordering::Relaxed);
-        }
-        self.lock_subscribers()
-            .retain(|subscriber| match subscriber.try_send(update.clone()) {
-                Ok(()) => true,
-                Err(TrySendError::Full(_)) => {
-                    self.lagged.fetch_add(1, Ordering::Relaxed);
-                    true
-                }
-                Err(TrySendError::Disconnected(_)) => false,
-            });
-    }
-
-    fn note_mode(&self, mode: AttachMode) {
-        // There is one session, which attaches once.
-        let _ = self.mode.set(mode);
-    }
-
-    fn note_refused(&self, mode: AttachMode, error: &TrackerError) {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.push((mode, error.to_string()));
-    }
-
-    fn note_reconcile_failed(&self, published: &mut pinned::Published) {
-        let failed = self.reconcile_failed.fetch_add(1, Ordering::Relaxed) + 1;
-        published.set(|meta| meta.loss_reconcile = failed);
-    }
-
-    fn note_healed(&self, losses: u64) {
-        self.healed.store(losses, Ordering::Relaxed);
-    }
-
-    fn note_recursion_misses(&self) {
-        let reads = self.read_programs.get().map_or(&[][..], Vec::as_slice);
-        let misses = host::recursion_misses("self", reads);
-        self.recursion_misses
-            .fetch_max(misses.tracking, Ordering::Relaxed);
-        self.read_misses.fetch_max(misses.reads, Ordering::Relaxed);
-    }
-
-    /// Every loss so far, but for programs that did not run since the last look.
-    fn known_losses(&self) -> Losses {
-        let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut losses = kernel.as_ref().map(abi::Stats::losses).unwrap_or_default();
-        for (loss, counter) in [
-            (Loss::RecursionMisses, &self.recursion_misses),
-            (Loss::ReconcileFailed, &self.reconcile_failed),
-            (Loss::PathsFull, &self.paths_full),
-            (Loss::SubscriberLagged, &self.lagged),
-        ] {
-            losses.add(loss, counter.load(Ordering::Relaxed));
-        }
-        losses.add(
-            Loss::ReadUncounted,
-            losses.get(Loss::ReadUncounted) + self.read_misses.load(Ordering::Relaxed),
-        );
-        losses.healed = self.healed.load(Ordering::Relaxed);
-        losses
-    }
-
-    fn losses(&self) -> Losses {
-        self.note_recursion_misses();
-        self.known_losses()
     }
 }

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use vmafx_bypass::tracker::Pulse;
+use vmafx_bypass::tracker::Observer;
 
 use crate::output::{self, Notes};
 
@@ -44,11 +44,11 @@ impl<'a> Service<'a> {
     }
 
     /// Tells that tracking has begun, and from then on that it goes on.
-    pub fn ready(self, pulse: Pulse) -> Telling {
+    pub fn ready(self, tracker: Observer) -> Telling {
         let Some(socket) = self.socket.map(Arc::new) else {
             return Telling(None);
         };
-        let mut status = status(&pulse);
+        let mut status = status(&tracker);
         if let Err(e) = send(&socket, &[NotifyState::Ready, NotifyState::Status(&status)]) {
             self.notes.note(format_args!("warning: NOTIFY_SOCKET: {e}"));
         }
@@ -58,14 +58,14 @@ impl<'a> Service<'a> {
         let tell = move || {
             while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
                 // A tracker that is stuck holds this thread, and the watchdog barks.
-                if pulse.wait().is_err() {
+                if tracker.flush().is_err() {
                     return;
                 }
                 let mut news = Vec::new();
                 if self.watchdog.is_some() {
                     news.push(NotifyState::Watchdog);
                 }
-                let now = self::status(&pulse);
+                let now = self::status(&tracker);
                 if now != status {
                     status = now;
                     news.push(NotifyState::Status(&status));
@@ -120,10 +120,10 @@ fn send(socket: &UnixDatagram, news: &[NotifyState<'_>]) -> io::Result<()> {
 }
 
 /// What `systemctl status` shows.
-fn status(pulse: &Pulse) -> String {
-    let tracked = pulse.tracked();
+fn status(tracker: &Observer) -> String {
+    let tracked = tracker.tracked();
     let mut text = format!("tracking {tracked} descriptors");
-    let watches = pulse.watches();
+    let watches = tracker.watches();
     if watches.is_empty() {
         text.push_str("; waiting for a mount");
     }

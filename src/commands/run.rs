@@ -123,7 +123,7 @@ mod tracking {
             tracker.observer(),
             server.as_ref().map(handover::Server::observer),
         );
-        let telling = service.ready(tracker.pulse());
+        let telling = service.ready(tracker.observer());
         let mut printer = Printer::new(args, notes, &tracker);
         let ended = printer
             .begin(&tracker.watches())

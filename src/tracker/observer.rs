@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::table::{EventKind, TrackedFd};
-use super::{Accounts, AttachMode, Losses, Shared, Watch};
+use super::{Accounts, AttachMode, Losses, Shared, TrackerError, Watch};
 use crate::sys::coarse_ms;
 
 /// Reads what a [`Tracker`](super::Tracker) knows, from any thread, also when that has
@@ -18,6 +18,12 @@ impl Observer {
     #[must_use]
     pub fn entries(&self) -> Vec<Arc<TrackedFd>> {
         self.0.read_table().entries()
+    }
+
+    /// How many descriptors are tracked.
+    #[must_use]
+    pub fn tracked(&self) -> usize {
+        self.0.read_table().len()
     }
 
     /// As [`Tracker::losses`](super::Tracker::losses).
@@ -51,6 +57,15 @@ impl Observer {
     /// Where the maps cannot be read.
     pub fn accounts(&self) -> std::io::Result<Option<Accounts>> {
         self.0.accounts()
+    }
+
+    /// As [`Tracker::flush`](super::Tracker::flush): returns when the tracking thread
+    /// has come round, and never while it is stuck.
+    ///
+    /// # Errors
+    /// Where tracking has ended.
+    pub fn flush(&self) -> Result<(), TrackerError> {
+        self.0.flush()
     }
 
     /// Whether tracking has ended.
