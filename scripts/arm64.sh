@@ -19,6 +19,10 @@ need $libraries/libz.so "dpkg --add-architecture arm64, and install zlib1g-dev:a
 need "$("${RUSTC:-rustc}" --print sysroot)/lib/rustlib/$triple/lib" \
     "add the target to Rust: rustup target add $triple, or libstd-rust-web-dev:arm64 with RUSTC=/usr/bin/rustc"
 
+if [ "$1" != build ]; then
+    need /usr/bin/qemu-aarch64-static "install qemu-user-static"
+fi
+
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64-static
 export LIBBPF_SYS_LIBRARY_PATH_aarch64_unknown_linux_gnu=$libraries

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -19,6 +20,7 @@ use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tempfile::TempDir;
 use vmafx_bypass::BypassOptions;
 use vmafx_bypass::rig::Rig;
@@ -59,6 +61,63 @@ fn the_service_is_as_confined_as_it_was() {
     let output = analyze(&["security", "--offline=true", EXPOSURE, &unit]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
+}
+
+/// The system calls of a set of systemd's.
+fn calls_of(set: &str) -> BTreeSet<String> {
+    let output = analyze(&["syscall-filter", set]);
+    assert!(output.status.success(), "{set}: {}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines = text.lines().skip(1).map(str::trim);
+    let names = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+    names.flat_map(calls).collect()
+}
+
+fn calls(name: &str) -> BTreeSet<String> {
+    if name.starts_with('@') {
+        calls_of(name)
+    } else {
+        [name.to_owned()].into()
+    }
+}
+
+/// The profile for containers was made from what `run` was seen to call.
+#[test]
+fn the_service_may_make_the_calls_that_a_container_may() {
+    let unit = fs::read_to_string(format!("{UNITS}/vmafx-bypass.service")).unwrap();
+    let mut allowed = BTreeSet::new();
+    for line in unit
+        .lines()
+        .filter_map(|l| l.strip_prefix("SystemCallFilter="))
+    {
+        let denied = line.strip_prefix('~');
+        for call in denied.unwrap_or(line).split(' ').flat_map(calls) {
+            if denied.is_some() {
+                allowed.remove(&call);
+            } else {
+                allowed.insert(call);
+            }
+        }
+    }
+    let profile = fs::read(format!("{UNITS}/../seccomp/vmafx-bypass.json")).unwrap();
+    let profile: Value = serde_json::from_slice(&profile).unwrap();
+    let rules = profile["syscalls"].as_array().unwrap().iter();
+    let names = rules
+        .filter(|rule| rule["action"] == "SCMP_ACT_ALLOW")
+        .flat_map(|rule| rule["names"].as_array().unwrap())
+        .map(|name| name.as_str().unwrap());
+    let (mut missing, mut count) = (Vec::new(), 0);
+    for name in names {
+        count += 1;
+        if !allowed.contains(name) {
+            missing.push(name);
+        }
+    }
+    assert!(count > 100, "{count}");
+    missing.sort_unstable();
+    // Mounts are for privileged clients, which take a drop-in; limits are set by
+    // prlimit64.
+    assert_eq!(missing, ["mount_setattr", "open_tree", "setrlimit"]);
 }
 
 #[test]

@@ -47,7 +47,7 @@ pub fn before_serving(args: &RunArgs, notes: &Notes) {
     // Whoever is to be kept from these calls has little left to make them with.
     match made.and_then(|filter| apply_filter_all_threads(&filter).map_err(|e| e.to_string())) {
         Ok(()) => notes.detail("system calls that are not needed any more are refused"),
-        Err(error) => notes.detail(format_args!("no system call is refused: {error}")),
+        Err(error) => notes.note(format_args!("warning: no system call is refused: {error}")),
     }
 }
 

@@ -194,6 +194,8 @@ class ChartTest(unittest.TestCase):
         self.assertEqual(service["spec"]["ports"][0]["targetPort"], port["name"])
         self.assertEqual(monitor["spec"]["endpoints"][0]["port"], port["name"])
         self.assertEqual(monitor["metadata"]["labels"]["release"], "prometheus")
+        # The alerts go by the job's name.
+        self.assertEqual(labels[monitor["spec"]["jobLabel"]], "vmafx-bypass")
 
     def test_wrong_values_are_refused(self):
         schema = json.loads((lab.CHART / "values.schema.json").read_text())
@@ -210,10 +212,16 @@ class ChartTest(unittest.TestCase):
             {"ebpfBypass": {"attach": "kprobe"}},
             {"ebpfBypass": {"pinDir": "/run/pins"}},
             {"ebpfBypass": {"maxFds": 0}},
+            {"ebpfBypass": {"maxFds": 4194305}},
+            {"ebpfBypass": {"prefixes": ["/mnt/rclone/a,b"]}},
             {"ebpfBypass": {"socket": {"mode": "660"}}},
             {"ebpfBypass": {"socket": {"group": "encoders"}}},
             {"ebpfBypass": {"socket": {"copyBudget": "1Gi"}}},
             {"ebpfBypass": {"metrics": {"port": 80}}},
+            {"ebpfBypass": {"metrics": {"address": "localhost"}}},
+            {"ebpfBypass": {"metrics": {"address": "127.0.0.1"}}},
+            {"ebpfBypass": {"metrics": {"address": "[::1]"}}},
+            {"ebpfBypass": {"metrics": {"address": "::"}}},
             {"image": {"digest": "latest"}},
             {"seccompProfile": {"type": "Localhost"}},
             {"appArmorProfile": {"type": "RuntimeDefault", "localhostProfile": "x"}},
@@ -223,6 +231,8 @@ class ChartTest(unittest.TestCase):
             with self.subTest(wrong):
                 with self.assertRaises(jsonschema.ValidationError):
                     jsonschema.validate(wrong, schema)
+        for address in ("0.0.0.0", "10.1.2.3", "[::]", "[fd00::1]"):
+            jsonschema.validate({"ebpfBypass": {"metrics": {"address": address}}}, schema)
         with self.assertRaisesRegex(AssertionError, "don't meet the specifications"):
             lab.render({"ebpfBypass": {"attach": "kprobe"}})
 

@@ -15,6 +15,9 @@ from lab import BASE, MOUNTING, Node, Pod
 
 LOCALHOST = {"type": "Localhost", "localhostProfile": lab.SECCOMP.name}
 
+# What `run` says where it may not keep itself from system calls.
+UNFILTERED = "no system call is refused"
+
 
 def daemonset(values, **more):
     """The pod that the chart makes."""
@@ -80,6 +83,7 @@ class PodTest(unittest.TestCase):
 
     def assert_ends_well(self, pod):
         self.assertEqual(pod.terminate(), 0, pod.told())
+        self.assertNotIn(UNFILTERED, pod.told())
         summary = pod.events()[-1]
         self.assertEqual(summary["event"], "summary")
         self.assertTrue(summary["complete"], summary)
@@ -176,6 +180,14 @@ class PodTest(unittest.TestCase):
         self.assertLess(len(profile["syscalls"]), len(rules))
         pod = Pod(self, tracker(self.node), seccomp=profile)
         self.assertEqual(pod.wait(), 3, pod.told())
+
+    def test_without_the_profile_s_seccomp_it_says_that_it_has_no_filter_of_its_own(self):
+        profile = json.loads(lab.SECCOMP.read_text())
+        for rule in profile["syscalls"]:
+            rule["names"] = [name for name in rule["names"] if name != "seccomp"]
+        pod = Pod(self, tracker(self.node), seccomp=profile)
+        lab.until(pod.told, lambda: UNFILTERED in pod.told())
+        self.assertEqual(pod.terminate(), 0, pod.told())
 
     def test_a_sidecar_serves_the_containers_of_its_pod(self):
         self.node.mount()

@@ -111,7 +111,7 @@ families! {
     HANDOVER_GIVEN = "vmafx_bypass_handover_given_total", Counter, "clips", ["kind"],
         "run --socket", "stable", "Clips handed over, by ranges and whole";
     HANDOVER_REFUSED = "vmafx_bypass_handover_refused_total", Counter, "clips", ["reason"],
-        "run --socket", "stable", "Clips that were not handed over";
+        "run --socket", "stable", "Requests that got no clip; clients ask again for one that is not cached yet";
     HANDOVER_CHECKS = "vmafx_bypass_handover_checks_total", Counter, "requests", [],
         "run --socket", "stable", "Questions whether a proof still holds";
     HANDOVER_ENDED = "vmafx_bypass_handover_ended_total", Counter, "proofs", ["reason"],
