@@ -10,10 +10,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use common::fds::{dumped, lost, truth};
-use common::{Tracking, Worker, content, eventually, need_root, program, put, rig};
+use common::{
+    Tracking, Worker, assert_fails, content, eventually, need_root, program, put, rig, stderr,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use vmafx_bypass::rig::Rig;
 
 #[test]
 fn more_descriptors_than_one_batch_are_all_dumped() {
@@ -188,4 +191,63 @@ fn a_prefix_that_becomes_a_file_leaves_the_others_watched() {
     fs::read(rig.mountpoint().join("clip")).unwrap();
     let event = tracking.next_where(|line| line["event"] != "attach");
     assert_eq!(event["event"], "open", "{event}");
+}
+
+/// Stops a mount's daemon until it is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(rig: &Rig) -> Self {
+        let pid = Pid::from_raw(rig.daemon().unwrap() as i32);
+        kill(pid, Signal::SIGSTOP).unwrap();
+        Self(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn a_prefix_that_hangs_keeps_no_other_from_being_tracked() {
+    let healthy = rig(|source| put(source, "clip", b"clip"));
+    let hangs = rig(|source| put(source, "sub/clip", b"clip"));
+    let (point, below) = (healthy.mountpoint(), hangs.mountpoint().join("sub"));
+    // Nobody has looked at it yet, so that the kernel knows nothing of it.
+    let stopped = Stopped::new(&hangs);
+    let both = ["--prefix", below.to_str().unwrap()];
+    // Where all must be there it says which is not.
+    let output = program()
+        .args(["run", "--enable", "--prefix", point.to_str().unwrap()])
+        .args(both)
+        .output()
+        .unwrap();
+    assert_fails(&output, 3, "does not answer: does rclone hang?");
+    assert!(stderr(&output).contains(below.to_str().unwrap()));
+
+    let mut tracking = Tracking::start(&point, &["--wait", both[0], both[1]]);
+    let open = |folder: &Path| Worker::start(folder, "os.open('clip',os.O_RDONLY)", &[]);
+    let worker = open(&point);
+    assert_eq!(
+        dumped(&tracking.dump(), worker.pid()),
+        truth(worker.pid(), &point)
+    );
+    // Mounts that come and go are looked at meanwhile.
+    let other = rig(|source| put(source, "clip", b"clip"));
+    drop(other);
+    worker.kill();
+    tracking.next_where(|line| line["event"] == "close");
+
+    drop(stopped);
+    let mounted = tracking.next_where(|line| line["event"] == "mount");
+    assert_eq!(mounted["path"], json!(below));
+    let worker = open(&below);
+    assert_eq!(
+        dumped(&tracking.dump(), worker.pid()),
+        truth(worker.pid(), &below)
+    );
+    worker.kill();
+    tracking.end(Signal::SIGTERM);
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
@@ -35,6 +36,9 @@ pub struct Account {
     pub comm: OsString,
     /// The superblock.
     pub dev: Dev,
+    /// Which mount it was: numbered as they come, since device and inode may be those
+    /// of another one after a remount.
+    pub mount: u32,
     /// FUSE's inode number.
     pub ino: u64,
     /// Absolute, through the watched prefix; `None` where it got lost.
@@ -101,6 +105,7 @@ impl Maps {
                 pid: key.pid,
                 comm: abi::comm(&value.comm),
                 dev: Dev(value.dev),
+                mount: key.mount,
                 ino: key.ino,
                 path,
                 size: value.size,
@@ -132,7 +137,7 @@ impl Maps {
 
 /// The maps, and which mount is the latest of a device.
 pub(super) struct Live {
-    pub(super) maps: Maps,
+    pub(super) maps: Arc<Maps>,
     pub(super) mounts: BTreeMap<Dev, u32>,
 }
 

@@ -35,6 +35,12 @@ const RECORD_BYTES: usize = 104;
 /// would cost the host more than the events do.
 const TOGETHER: Duration = Duration::from_millis(1);
 
+/// How long a prefix may take to resolve at the start, if it must be there; if not,
+/// tracking need not wait for a daemon that hangs, and does not once it has begun.
+const MUST: Duration = Duration::from_secs(10);
+const MAY: Duration = Duration::from_secs(1);
+const LATER: Duration = Duration::from_millis(50);
+
 const RING: u64 = 0;
 const MOUNTS: u64 = 1;
 const WAKE: u64 = 2;
@@ -77,7 +83,8 @@ pub(super) fn run(
     for given in &options.prefixes {
         prefixes.push(Prefix::new(given).map_err(|e| failed("prefix", e))?);
     }
-    let watches = find_watches(&mut prefixes, options.allow_missing)?;
+    let patience = if options.allow_missing { MAY } else { MUST };
+    let watches = find_watches(&mut prefixes, options.allow_missing, patience, shared)?;
     let pins = options.pin_dir.as_deref().map(Pins::claim).transpose()?;
     set_log(options.log);
     let mut setup = Setup {
@@ -188,7 +195,7 @@ fn track(setup: &mut Setup<'_>, mode: AttachMode) -> Result<(), Ended> {
             clips: handle(&maps.clips)?,
         };
         let live = account::Live {
-            maps,
+            maps: Arc::new(maps),
             mounts: BTreeMap::new(),
         };
         *shared.lock_accounts() = Some(live);
@@ -303,7 +310,7 @@ impl Source<'_> {
 
 /// What the event loop waits for.
 struct Loop<'a> {
-    shared: &'a Shared,
+    shared: &'a Arc<Shared>,
     commands: &'a Receiver<Command>,
     ready: &'a SyncSender<()>,
     ring_map: &'a MapHandle,
@@ -367,7 +374,7 @@ impl Loop<'_> {
             state.settle_doubts();
             // After the events of before: they are about the mounts of before.
             if (woken_by(MOUNTS) || std::mem::take(&mut look))
-                && let Ok(watches) = find_watches(prefixes, true)
+                && let Ok(watches) = find_watches(prefixes, true, LATER, self.shared)
                 && state.watch(watches, true)?
             {
                 // What was opened before it was watched, and what is not any more.
@@ -377,6 +384,7 @@ impl Loop<'_> {
             for command in pending {
                 match command {
                     Command::Stop => return Ok(()),
+                    Command::Look => look = true,
                     // The one who asked may have given up.
                     Command::Flush(done) => drop(done.send(())),
                 }
@@ -455,11 +463,17 @@ fn attach_error(mode: AttachMode, error: &libbpf_rs::Error) -> TrackerError {
 
 /// The prefixes that are on an rclone mount; unless some may be missing, an
 /// error for the first that is not.
-fn find_watches(prefixes: &mut [Prefix], allow_missing: bool) -> Result<Vec<Watch>, TrackerError> {
+fn find_watches(
+    prefixes: &mut [Prefix],
+    allow_missing: bool,
+    patience: Duration,
+    shared: &Arc<Shared>,
+) -> Result<Vec<Watch>, TrackerError> {
     let table = MountTable::read().map_err(|e| failed("mountinfo", e))?;
     let mut watches = Vec::new();
     for prefix in prefixes {
-        match prefix.find(&table) {
+        let shared = Arc::clone(shared);
+        match prefix.find(&table, patience, move || shared.send(Command::Look)) {
             Ok(watch) => watches.push(watch),
             Err(error) if !allow_missing => return Err(error.into()),
             Err(_) => {}

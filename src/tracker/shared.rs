@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
@@ -52,6 +52,8 @@ pub(super) struct Shared {
 pub(super) enum Command {
     Flush(Sender<()>),
     Stop,
+    /// A prefix has resolved.
+    Look,
 }
 
 /// What a [`Tracker`](super::Tracker) tells its subscribers. Small: a queue of 65,536 of them is
@@ -141,8 +143,12 @@ impl Shared {
     }
 
     pub(super) fn accounts(&self) -> std::io::Result<Option<Accounts>> {
-        let live = self.lock_accounts();
-        live.as_ref().map(|live| live.maps.read()).transpose()
+        // Read without the lock, for which tracking would wait.
+        let maps = self
+            .lock_accounts()
+            .as_ref()
+            .map(|live| Arc::clone(&live.maps));
+        maps.map(|maps| maps.read()).transpose()
     }
 
     pub(super) fn lock_subscribers(&self) -> MutexGuard<'_, Vec<SyncSender<Update>>> {

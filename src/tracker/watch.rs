@@ -3,6 +3,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
+use std::thread;
+use std::time::Duration;
 
 use crate::mounts::{Dev, Mount, MountTable};
 
@@ -24,6 +29,9 @@ pub enum PrefixError {
         /// What the kernel said.
         error: String,
     },
+    /// The file system that it is on does not answer.
+    #[error("prefix `{}` does not answer: does rclone hang? start it again, or start with --wait", .0.display())]
+    Silent(PathBuf),
     /// It is on a file system that is not FUSE.
     #[error("prefix `{}` is on {fstype}, not on an rclone mount: mount it first, or start with --wait", path.display())]
     NotFuse {
@@ -74,10 +82,30 @@ pub(super) fn show(watches: &[Watch], dev: Dev, mount_id: u64, inside: &Path) ->
 }
 
 /// A prefix as it was given, and as it resolved last.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Prefix {
     given: PathBuf,
     resolved: Option<PathBuf>,
+    /// The answer of a thread that resolves it and took too long.
+    asked: Option<Receiver<Result<PathBuf, PrefixError>>>,
+}
+
+/// What follows symlinks; it waits for the file systems that are on the way.
+fn resolve(path: PathBuf) -> Result<PathBuf, PrefixError> {
+    let resolved = match fs::canonicalize(&path) {
+        Ok(resolved) => resolved,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(PrefixError::Missing(path));
+        }
+        Err(e) => {
+            let error = e.to_string();
+            return Err(PrefixError::Unreadable { path, error });
+        }
+    };
+    if fs::metadata(&resolved).is_ok_and(|m| !m.is_dir()) {
+        return Err(PrefixError::NotFolder(path));
+    }
+    Ok(resolved)
 }
 
 impl Prefix {
@@ -85,36 +113,72 @@ impl Prefix {
         Ok(Self {
             given: std::path::absolute(given)?,
             resolved: None,
+            asked: None,
         })
     }
 
-    fn resolve(&mut self) -> Result<PathBuf, PrefixError> {
-        let path = self.given.clone();
-        let resolved = match fs::canonicalize(&path) {
-            Ok(resolved) => resolved,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(PrefixError::Missing(path));
+    /// Resolves it, in a thread that waits for daemons that hang; `told` is called if it
+    /// is done after so long.
+    fn ask(
+        &mut self,
+        patience: Duration,
+        told: impl FnOnce() + Send + 'static,
+    ) -> Result<PathBuf, PrefixError> {
+        if let Some(asked) = self.asked.take() {
+            match asked.try_recv() {
+                Err(TryRecvError::Empty) => {
+                    self.asked = Some(asked);
+                    return Err(PrefixError::Silent(self.given.clone()));
+                }
+                Ok(Ok(resolved)) => return Ok(resolved),
+                // Of before: it may have been mounted meanwhile.
+                Ok(Err(_)) | Err(TryRecvError::Disconnected) => {}
             }
-            Err(e) => {
-                let error = e.to_string();
-                return Err(PrefixError::Unreadable { path, error });
+        }
+        let (sender, answer) = mpsc::sync_channel(1);
+        // Nobody waits for the answer any more.
+        let late = Arc::new(AtomicBool::new(false));
+        let (path, is_late) = (self.given.clone(), Arc::clone(&late));
+        let work = move || {
+            // Whoever asked may have ended.
+            let _ = sender.send(resolve(path));
+            if is_late.load(Ordering::SeqCst) {
+                told();
             }
         };
-        if fs::metadata(&resolved).is_ok_and(|m| !m.is_dir()) {
-            return Err(PrefixError::NotFolder(path));
+        let thread = thread::Builder::new().name("vmafx-prefix".into());
+        thread.spawn(work).map_err(|e| PrefixError::Unreadable {
+            path: self.given.clone(),
+            error: format!("thread: {e}"),
+        })?;
+        let mut result = answer.recv_timeout(patience);
+        if result == Err(RecvTimeoutError::Timeout) {
+            late.store(true, Ordering::SeqCst);
+            // What came before it could see that.
+            result = answer.try_recv().map_err(|_| RecvTimeoutError::Timeout);
         }
-        self.resolved = Some(resolved.clone());
-        Ok(resolved)
+        result.unwrap_or_else(|_| {
+            self.asked = Some(answer);
+            Err(PrefixError::Silent(self.given.clone()))
+        })
     }
 
-    /// Finds the mount that the prefix is on.
-    pub(super) fn find(&mut self, table: &MountTable) -> Result<Watch, PrefixError> {
+    /// Finds the mount that the prefix is on. Waits so long for it to resolve, and calls
+    /// `told` if it has resolved after that.
+    pub(super) fn find(
+        &mut self,
+        table: &MountTable,
+        patience: Duration,
+        told: impl FnOnce() + Send + 'static,
+    ) -> Result<Watch, PrefixError> {
         let path = self.given.clone();
         // Once: a mount whose daemon is dead does not resolve, and one whose
         // daemon hangs would hang us.
-        let resolved = match &self.resolved {
-            Some(resolved) => resolved.clone(),
-            None => self.resolve()?,
+        let resolved = if let Some(resolved) = &self.resolved {
+            resolved.clone()
+        } else {
+            let resolved = self.ask(patience, told)?;
+            self.resolved.insert(resolved).clone()
         };
         let mount = table.containing(&resolved);
         let fstype = |m: Option<&Mount>| m.map_or_else(String::new, |m| m.fstype.clone());
@@ -140,6 +204,8 @@ impl Prefix {
 mod tests {
     use super::*;
 
+    const PLENTY: Duration = Duration::from_secs(60);
+
     #[test]
     fn paths_show_through_the_prefix() {
         let dir = tempfile::tempdir().unwrap();
@@ -152,7 +218,7 @@ mod tests {
         );
         let table = MountTable::parse(line.as_bytes());
         let mut prefix = Prefix::new(&point.join("sub")).unwrap();
-        let watch = [prefix.find(&table).unwrap()];
+        let watch = [prefix.find(&table, PLENTY, || ()).unwrap()];
         let dev = Dev::new(0, 39);
         let shown = show(&watch, dev, 1, Path::new("bind/sub/a/b"));
         assert_eq!(shown, Some(point.join("sub/a/b")));
@@ -164,7 +230,65 @@ mod tests {
         );
         // Dead: it does not resolve any more but is still known.
         fs::remove_dir_all(&point).unwrap();
-        assert!(prefix.find(&table).is_ok());
+        assert!(prefix.find(&table, Duration::ZERO, || ()).is_ok());
+    }
+
+    #[test]
+    fn a_prefix_that_does_not_answer_is_silent_until_it_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let line = format!("1 0 0:5 / {} rw - fuse.rclone d rw", root.display());
+        let table = MountTable::parse(line.as_bytes());
+        let mut prefix = Prefix::new(&root).unwrap();
+        // As if a thread waited for its file system.
+        let (sender, answer) = mpsc::sync_channel(1);
+        prefix.asked = Some(answer);
+        for _ in 0..2 {
+            let found = prefix.find(&table, Duration::ZERO, || unreachable!());
+            assert_eq!(found, Err(PrefixError::Silent(root.clone())));
+        }
+        sender.send(Ok(root.clone())).unwrap();
+        let found = prefix.find(&table, Duration::ZERO, || unreachable!());
+        assert_eq!(found.unwrap().prefix, root);
+    }
+
+    #[test]
+    fn an_old_answer_that_there_is_none_is_asked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        let line = format!("1 0 0:5 / {} rw - fuse.rclone d rw", root.display());
+        let table = MountTable::parse(line.as_bytes());
+        let mut prefix = Prefix::new(&root).unwrap();
+        let (sender, answer) = mpsc::sync_channel(1);
+        sender.send(Err(PrefixError::Missing(root))).unwrap();
+        prefix.asked = Some(answer);
+        assert!(prefix.find(&table, PLENTY, || ()).is_ok());
+    }
+
+    #[test]
+    fn who_has_not_waited_is_told() {
+        let mut prefix = Prefix::new(Path::new("/")).unwrap();
+        let table = MountTable::parse(b"1 0 0:5 / / rw - fuse.rclone d rw");
+        let (told, tells) = mpsc::channel();
+        for _ in 0..100 {
+            prefix.resolved = None;
+            let told = told.clone();
+            let found = prefix.find(&table, Duration::ZERO, move || told.send(()).unwrap());
+            if found == Err(PrefixError::Silent("/".into())) {
+                tells
+                    .recv_timeout(PLENTY)
+                    .expect("it is told when it has resolved");
+                assert!(prefix.find(&table, Duration::ZERO, || ()).is_ok());
+            }
+        }
+        // Who was in time is not told.
+        prefix.resolved = None;
+        let late = told.clone();
+        prefix
+            .find(&table, PLENTY, move || late.send(()).unwrap())
+            .unwrap();
+        drop(told);
+        assert!(tells.recv_timeout(PLENTY).is_err());
     }
 
     #[test]
@@ -175,7 +299,10 @@ mod tests {
         let find = |path: &Path, fstype: &str| {
             let line = format!("1 0 0:5 / {} rw - {fstype} d rw", root.display());
             let table = MountTable::parse(line.as_bytes());
-            Prefix::new(path).unwrap().find(&table).unwrap_err()
+            Prefix::new(path)
+                .unwrap()
+                .find(&table, PLENTY, || ())
+                .unwrap_err()
         };
         assert!(matches!(
             find(&root.join("no"), "ext4"),
