@@ -28,6 +28,7 @@ use crate::reader::{Shown, Vigil, WholeClip};
 use crate::reason::{Reason, Refusal};
 pub use map::Mapped;
 pub use reflink::has_reflinks;
+pub(crate) use store::descriptors;
 use store::{Charge, Slot, Store};
 
 /// rclone itself is asked again whether a clip is still the same after this

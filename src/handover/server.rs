@@ -28,6 +28,7 @@ use super::protocol::Answer;
 use super::stats::{Counters, HandoverStats, ProofTimes, count};
 use super::{Client, Lease, Source, wire};
 use crate::reason::{Reason, Refusal};
+use crate::snapshot;
 use crate::sys::{self, coarse_ms};
 use slots::Slots;
 
@@ -42,9 +43,9 @@ const CLIENTS_OF_ONE: usize = 768;
 /// Descriptors that a connection may need: itself, the cache file, its
 /// metadata, and one on the way.
 const FDS_OF_ONE: u64 = 4;
-/// Descriptors left to the rest of the process: three for each snapshot that is
-/// kept, one for each that others have, and the tracker's.
-const FDS_OF_OTHERS: u64 = 576;
+/// Descriptors left to the rest of the process beside snapshots: the tracker's 190, and
+/// a margin.
+const FDS_OF_OTHERS: u64 = 320;
 /// How long a new connection may be silent.
 const FIRST_REQUEST: Duration = Duration::from_secs(5);
 /// How often connections are looked at.
@@ -306,7 +307,13 @@ impl Drop for Server {
 fn max_clients() -> usize {
     use nix::sys::resource::{Resource, getrlimit};
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
-    let room = soft.saturating_sub(FDS_OF_OTHERS) / FDS_OF_ONE;
+    clients_of(soft)
+}
+
+/// As many as there is room for beside everything else; one in any case.
+fn clients_of(descriptors: u64) -> usize {
+    let others = FDS_OF_OTHERS + snapshot::descriptors(descriptors);
+    let room = descriptors.saturating_sub(others) / FDS_OF_ONE;
     CLIENTS.min(room as usize).max(1)
 }
 

@@ -83,13 +83,23 @@ struct Table {
     uses: u64,
 }
 
+/// Snapshots that a process of so many descriptors keeps.
+fn most_kept(limit: u64) -> usize {
+    let most = usize::try_from(limit / OF_DESCRIPTORS).unwrap_or(KEPT);
+    most.clamp(KEPT_LEAST, KEPT)
+}
+
+/// Descriptors that snapshots may take, of so many that the process may have.
+pub(crate) fn descriptors(limit: u64) -> u64 {
+    (3 * most_kept(limit) + RETIRED) as u64
+}
+
 impl Store {
     pub(super) fn new(budget: u64) -> Self {
         let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
-        let most = usize::try_from(limit / OF_DESCRIPTORS).unwrap_or(KEPT);
         Self {
             budget,
-            most: most.clamp(KEPT_LEAST, KEPT),
+            most: most_kept(limit),
             taken: Arc::default(),
             swept_ms: AtomicU64::new(coarse_ms()),
             table: Mutex::default(),

@@ -162,3 +162,17 @@ fn a_child_leaves_its_parents_connection_alone() {
     );
     granted.connection.check().unwrap();
 }
+
+#[test]
+fn connections_leave_room_for_everything_else() {
+    // The tracker's own, with accounts.
+    const TRACKER: u64 = 190;
+    for limit in [1024, 2048, 4096, 16_384, 65_536, 1 << 20] {
+        let clients = clients_of(limit);
+        let all = TRACKER + clients as u64 * FDS_OF_ONE + snapshot::descriptors(limit);
+        assert!(all < limit, "{all} of {limit}");
+        assert!(clients >= 40, "{clients} of {limit}");
+    }
+    assert_eq!(clients_of(16_384), CLIENTS);
+    assert_eq!(clients_of(0), 1);
+}
