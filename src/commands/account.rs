@@ -1,7 +1,7 @@
 //! `run --account`: what reads through FUSE cost, and what the bypass would have
 //! saved, estimated from how fast this machine reads a local file.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
@@ -208,6 +208,7 @@ impl Report {
         let mut clips: BTreeMap<(Dev, u64, Option<&Path>), Clip> = BTreeMap::new();
         let mut processes: BTreeMap<u32, Process> = BTreeMap::new();
         let mut each = Vec::new();
+        let mut seen = HashSet::new();
         for account in &accounts.each {
             let path = account.path.as_deref();
             let key = (account.dev, account.ino, path);
@@ -234,10 +235,12 @@ impl Report {
                 name: account.path.clone(),
             };
             let comm = || account.comm.to_string_lossy().into_owned();
+            // After a remount a clip may have two accounts of a process.
+            let is_new = seen.insert((account.pid, key));
             let whole = clips.entry(key).or_insert_with(clip);
             whole.cost += cost;
             whole.saved_ns = sum(whole.saved_ns, saved_ns);
-            whole.processes = Some(whole.processes.unwrap_or(0) + 1);
+            whole.processes = Some(whole.processes.unwrap_or(0) + u64::from(is_new));
             let process = processes.entry(account.pid).or_insert_with(|| Process {
                 pid: account.pid,
                 comm: comm(),
@@ -248,7 +251,7 @@ impl Report {
             });
             process.cost += cost;
             process.saved_ns = sum(process.saved_ns, saved_ns);
-            process.clips += 1;
+            process.clips += u64::from(is_new);
             each.push(Clip {
                 pid: Some(account.pid),
                 comm: Some(comm()),
@@ -401,6 +404,7 @@ mod tests {
             pid,
             comm: "ffmpeg".into(),
             dev: Dev(1),
+            mount: 1,
             ino,
             path: None,
             size: 100,
@@ -416,7 +420,16 @@ mod tests {
                 bytes: 90,
                 ns: 900,
             },
-            each: vec![account(1, 7, 5), account(2, 7, 3), account(2, 8, 1)],
+            each: vec![
+                account(1, 7, 5),
+                account(2, 7, 2),
+                account(2, 8, 1),
+                // After a remount.
+                Account {
+                    mount: 2,
+                    ..account(2, 7, 1)
+                },
+            ],
             forgotten: 6,
         };
         let mut estimated = 0;
@@ -430,7 +443,7 @@ mod tests {
         assert_eq!(json["clips"][0]["read_ns"], 8);
         assert_eq!(json["processes"][0]["pid"], 1);
         assert_eq!(json["processes"][1]["clips"], 2);
-        assert_eq!(json["each"].as_array().unwrap().len(), 3);
+        assert_eq!(json["each"].as_array().unwrap().len(), 4);
         let text = report.largest(1).text();
         assert_eq!(text.len(), 4, "{text:?}");
         let report = Report::at_rate(&accounts, None, &mut Estimator::default(), || ());

@@ -1,5 +1,6 @@
 //! `run` as a service of systemd's: readiness, status and watchdog, by sd_notify(3).
 
+use std::cell::Cell;
 use std::env;
 use std::fmt::Write as _;
 use std::io;
@@ -9,7 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 use vmafx_bypass::tracker::Observer;
@@ -18,6 +19,8 @@ use crate::output::{self, Notes};
 
 /// How often the status is looked at; more often where the watchdog wants it.
 const STATUS: Duration = Duration::from_secs(2);
+/// How long the next step of the end may take: a slow disk's read, and detaching.
+const LONGER: Duration = Duration::from_secs(30);
 
 /// Who has started this process, and wants to know how it is; or nobody.
 ///
@@ -88,11 +91,37 @@ pub struct Telling(Option<(Arc<UnixDatagram>, Sender<()>)>);
 
 impl Telling {
     /// Tells that the end has begun; the watchdog is not served any more.
-    pub fn stopping(self) {
-        if let Some((socket, _end)) = self.0 {
+    pub fn stopping(self) -> Stopping {
+        let socket = self.0.map(|(socket, _end)| socket);
+        if let Some(socket) = &socket {
             let status = NotifyState::Status("detaching");
             // Whoever stops us knows already.
-            let _ = send(&socket, &[NotifyState::Stopping, status]);
+            let _ = send(socket, &[NotifyState::Stopping, status]);
+        }
+        Stopping {
+            socket,
+            told: Cell::new(Instant::now()),
+        }
+    }
+}
+
+/// The end, which may take longer than a service is given.
+pub struct Stopping {
+    socket: Option<Arc<UnixDatagram>>,
+    told: Cell<Instant>,
+}
+
+impl Stopping {
+    /// Tells, once a second, that it goes on: then the service is not killed for the
+    /// time of [`LONGER`] (EXTEND_TIMEOUT_USEC of sd_notify(3)).
+    pub fn goes_on(&self) {
+        if let Some(socket) = &self.socket
+            && self.told.get().elapsed() >= Duration::from_secs(1)
+        {
+            self.told.set(Instant::now());
+            let longer = NotifyState::ExtendTimeoutUsec(LONGER.as_micros() as u32);
+            // Who does not listen now may listen the next time.
+            let _ = send(socket, &[longer]);
         }
     }
 }

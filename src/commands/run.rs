@@ -139,14 +139,17 @@ mod tracking {
                 let duration = args.duration.map(|d| *d);
                 follow(&updates, duration, &end, &interrupted, &mut printer)
             });
-        telling.stopping();
+        let stopping = telling.stopping();
         // Before `stop`, where the kernel may take seconds to detach.
         let entries = tracker.entries();
         let (events, losses) = (tracker.events(), tracker.losses());
         let complete = losses.complete() && entries.iter().all(|fd| fd.path.is_some());
         let tracked = entries.len();
         let accounts = match &ended {
-            Ok(()) => printer.accounts(&interrupted),
+            Ok(()) => printer.accounts(|| {
+                interrupted.note_progress();
+                stopping.goes_on();
+            }),
             // Nobody reads it.
             Err(_) => Ok(None),
         };

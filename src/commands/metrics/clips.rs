@@ -1,9 +1,11 @@
 //! How the clips that are open, and those that were read, could be read by the bypass,
-//! by rclone's metadata. There may be tens of thousands, each a file to read, and a scrape comes every few seconds: so an
-//! estimate is kept for a while, and none is made once a scrape has taken its time.
+//! by rclone's metadata. There may be tens of thousands, each a file to read, and a
+//! scrape comes every few seconds: so an estimate is kept for a while, and none is made
+//! once a scrape has taken its time.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmafx_bypass::Reason;
@@ -20,10 +22,11 @@ pub const BUDGET: Duration = Duration::from_millis(250);
 /// The state of a clip that no scrape has come to.
 const NOT_YET: &str = "unknown";
 
-/// A clip, by what an estimate depends on.
+/// A clip, and what an estimate of it depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Clip {
     dev: Dev,
+    ino: u64,
     size: u64,
     path: Option<PathBuf>,
 }
@@ -32,6 +35,7 @@ impl From<&TrackedFd> for Clip {
     fn from(fd: &TrackedFd) -> Self {
         Self {
             dev: fd.dev,
+            ino: fd.ino,
             size: fd.size,
             path: fd.path.clone(),
         }
@@ -42,10 +46,23 @@ impl From<&Account> for Clip {
     fn from(account: &Account) -> Self {
         Self {
             dev: account.dev,
+            ino: account.ino,
             size: account.size,
             path: account.path.clone(),
         }
     }
+}
+
+/// The clips of descriptors, each once: with the size and path of its last open.
+pub fn open_clips(entries: &[Arc<TrackedFd>]) -> HashSet<Clip> {
+    let mut last: HashMap<(Dev, u64), &TrackedFd> = HashMap::new();
+    for fd in entries {
+        let known = last.entry((fd.dev, fd.ino)).or_insert(fd);
+        if fd.opened_at > known.opened_at {
+            *known = fd;
+        }
+    }
+    last.into_values().map(Clip::from).collect()
 }
 
 struct Known {
@@ -129,15 +146,47 @@ impl Sample {
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use super::*;
 
     /// On no mount that there is.
     fn clip(path: &str, size: u64) -> Clip {
         Clip {
             dev: Dev::new(4095, 1),
+            ino: 1,
             size,
             path: Some(path.into()),
         }
+    }
+
+    #[test]
+    fn a_clip_counts_once_as_it_was_at_its_last_open() {
+        let fd = |fd, ino, path: Option<&str>, size, at| {
+            Arc::new(TrackedFd {
+                pid: 1,
+                own_pid: 1,
+                fd,
+                comm: "c".into(),
+                path: path.map(Into::into),
+                dev: Dev::new(4095, 1),
+                ino,
+                flags: 0,
+                size,
+                opened_at: UNIX_EPOCH + Duration::from_secs(at),
+                open_ns: None,
+            })
+        };
+        let entries = [
+            fd(3, 1, Some("/m/a"), 5, 1),
+            fd(4, 1, Some("/other/a"), 7, 3),
+            fd(5, 1, Some("/m/a"), 6, 2),
+            fd(6, 2, None, 5, 1),
+            fd(7, 3, None, 5, 1),
+        ];
+        let clips = open_clips(&entries);
+        assert_eq!(clips.len(), 3);
+        assert!(clips.contains(&Clip::from(&*entries[1])));
     }
 
     fn states(sample: &Sample) -> Vec<(&'static str, u64)> {

@@ -11,7 +11,7 @@ use vmafx_bypass::handover::ServerObserver;
 use vmafx_bypass::metrics::Health;
 use vmafx_bypass::tracker::{Accounts, AttachMode, Observer};
 
-use super::clips::{BUDGET, Clip, Clips};
+use super::clips::{BUDGET, Clip, Clips, open_clips};
 use super::page::Page;
 use super::{family, process};
 use crate::cli::RunArgs;
@@ -93,7 +93,7 @@ impl Run {
         let accounts = tracker.accounts().unwrap_or_default();
         let read = accounts.iter().flat_map(|accounts| &accounts.each);
         let read: HashSet<Clip> = read.map(Clip::from).collect();
-        let open: HashSet<Clip> = entries.iter().map(|fd| Clip::from(&**fd)).collect();
+        let open = open_clips(&entries);
         let mut clips = self.clips.lock().unwrap_or_else(PoisonError::into_inner);
         clips.refresh(&open.union(&read).cloned().collect(), BUDGET);
         let sample = clips.sample(&open);

@@ -12,7 +12,6 @@ use crate::cli::{Format, RunArgs};
 use crate::commands::estimate::{self, Estimator};
 use crate::commands::{account, serve};
 use crate::output::{self, JsonPath, Notes, Row, SCHEMA, escape, losses_json, losses_text, shown};
-use crate::signals::Interrupted;
 
 /// Clips and processes that the summary lists at most, of each.
 const LISTED: usize = 10;
@@ -214,10 +213,9 @@ impl<'a> Printer<'a> {
 
     /// What reads cost, for the summary; `None`: that was not asked for. It can
     /// take long, and is not to be cut off.
-    pub fn accounts(&mut self, interrupted: &Interrupted) -> Result<Option<account::Report>> {
+    pub fn accounts(&mut self, progress: impl FnMut()) -> Result<Option<account::Report>> {
         let accounts = self.tracker.accounts().context("reading the accounts")?;
         Ok(accounts.map(|accounts| {
-            let progress = || interrupted.note_progress();
             account::Report::new(&accounts, &mut self.estimator, progress).largest(LISTED)
         }))
     }

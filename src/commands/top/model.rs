@@ -126,7 +126,7 @@ struct Before {
     at: Instant,
     owner: u32,
     total: ReadCost,
-    each: HashMap<(u32, ClipId), ReadCost>,
+    each: HashMap<AccountId, ReadCost>,
 }
 
 /// An account, and what came to it since the look before.
@@ -145,7 +145,7 @@ impl Meter {
         let each = accounts.each.iter();
         let measured = each.map(|account| {
             let since = before.as_ref().map(|before| {
-                let then = before.each.get(&(account.pid, ClipId::of(account)));
+                let then = before.each.get(&AccountId::of(account));
                 // Who was not counted before has read all of it since.
                 since(account.cost, then.copied().unwrap_or_default())
             });
@@ -165,9 +165,27 @@ impl Meter {
             at: sample.at,
             owner: sample.owner,
             total: accounts.total,
-            each: each.map(|a| ((a.pid, ClipId::of(a)), a.cost)).collect(),
+            each: each.map(|a| (AccountId::of(a), a.cost)).collect(),
         });
         picture
+    }
+}
+
+/// An account: after a remount a clip has another one.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct AccountId {
+    pid: u32,
+    mount: u32,
+    ino: u64,
+}
+
+impl AccountId {
+    fn of(account: &Account) -> Self {
+        Self {
+            pid: account.pid,
+            mount: account.mount,
+            ino: account.ino,
+        }
     }
 }
 
@@ -315,6 +333,7 @@ mod tests {
             pid,
             comm: format!("p{pid}").into(),
             dev: clip(ino).dev,
+            mount: 1,
             ino,
             path: None,
             size: 0,
@@ -402,6 +421,22 @@ mod tests {
             "who neither reads nor has a clip is not shown"
         );
         assert_eq!(rate(second.usage).bytes as u64, 4_600);
+    }
+
+    #[test]
+    fn what_was_read_before_a_remount_is_not_read_again() {
+        let (mut meter, start) = (Meter::default(), Instant::now());
+        let before = account(5, 1, 10, 1_000, 1_000);
+        let after = |bytes| Account {
+            mount: 2,
+            ..account(5, 1, 1, bytes, bytes)
+        };
+        let look = |ms, each| sample(start, ms, vec![fd(5, 1)], Some(each));
+        meter.picture(&look(0, vec![before.clone(), after(100)]));
+        let picture = meter.picture(&look(1_000, vec![before, after(150)]));
+        let usage = picture.clips[0].usage.unwrap();
+        assert_eq!(usage.total.bytes, 1_150);
+        assert_eq!(usage.rate.unwrap().bytes as u64, 50);
     }
 
     #[test]
