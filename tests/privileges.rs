@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -471,8 +471,7 @@ fn each_capability_has_its_check() {
         assert!(remedy.to_lowercase().contains(name), "{name}: {remedy}");
     }
     // All of them are in the page.
-    let page = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/PRIVILEGES.md")).unwrap();
-    let page = std::io::read_to_string(page).unwrap();
+    let page = include_str!("../docs/PRIVILEGES.md");
     for name in [
         "BPF",
         "PERFMON",

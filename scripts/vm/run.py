@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,13 +127,16 @@ def boot(kernel, found, matrix, steps, root, folder, processors):
     ]
     problem = None
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as qemu:
-        try:
-            if code := qemu.wait(timeout=guest["guest_seconds"]):
-                problem = f"QEMU ended with {code}"
-        except subprocess.TimeoutExpired:
-            problem = f"the guest did not end within {guest['guest_seconds']} s"
-        finally:
-            qemu.kill()
+        end = time.monotonic() + guest["guest_seconds"]
+        while (code := qemu.poll()) is None and not problem:
+            time.sleep(1)
+            if time.monotonic() > end:
+                problem = f"the guest did not end within {guest['guest_seconds']} s"
+            elif emulation_failed(console):
+                problem = "the guest's kernel ran into a breakpoint of its own"
+        qemu.kill()
+        if code:
+            problem = f"QEMU ended with {code}"
     with open(port, errors="replace") as f:
         lines = f.read().split("\n")[:-1]
     return [json.loads(line) for line in lines], problem
@@ -148,11 +152,14 @@ def is_expected(result, expect):
 
 
 def emulation_failed(console):
-    """Whether a guest's kernel panicked on a breakpoint of its own: code that it
-    changes while it runs, QEMU's other processor may run as it was for a moment
+    """Whether a guest's kernel panicked on a breakpoint of its own, or is stuck at one:
+    code that it changes while it runs, QEMU's other processor may run as it was
     (-accel tcg), when the kernel knows nothing of the breakpoint any more."""
     with open(console, errors="replace") as f:
-        return "int3: 0000" in f.read()
+        text = f.read()
+    # At a function's first byte, where tracing is patched in.
+    stuck = re.search(r"soft lockup - CPU(?:.*\n){1,8}.*RIP: 0010:\w+\+0x0/", text)
+    return "int3: 0000" in text or stuck is not None
 
 
 class Row:
@@ -206,7 +213,7 @@ class Row:
         results, problem = self.boot(steps, self.matrix["guest"]["processors"])
         if problem and emulation_failed(f"{self.folder}/console"):
             left = [step for step in steps if step not in [done for done, _ in results]]
-            self.say("QEMU has let the guest's kernel panic (int3): on with one processor")
+            self.say("QEMU has let the guest's kernel fail (int3): on with one processor")
             more, problem = self.boot(left or steps[-1:], 1)
             results += more
         failed = [step for step in steps if step not in [done for done, _ in results]]
