@@ -164,3 +164,29 @@ fn status(tracker: &Observer) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_tells_once_a_second_that_it_goes_on() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let stopping = Stopping {
+            socket: Some(Arc::new(ours)),
+            told: Cell::new(Instant::now()),
+        };
+        let mut told = [0; 64];
+        stopping.goes_on();
+        assert!(theirs.recv(&mut told).is_err(), "it has just begun");
+        let before = Instant::now().checked_sub(Duration::from_secs(2));
+        stopping.told.set(before.unwrap());
+        for _ in 0..2 {
+            stopping.goes_on();
+        }
+        let length = theirs.recv(&mut told).unwrap();
+        assert_eq!(&told[..length], b"EXTEND_TIMEOUT_USEC=30000000");
+        assert!(theirs.recv(&mut told).is_err(), "once");
+    }
+}
