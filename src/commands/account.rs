@@ -17,7 +17,7 @@ use vmafx_bypass::tracker::{Accounts, ReadCost};
 use vmafx_bypass::{AlignedBuffer, Reason};
 
 use crate::commands::estimate::{self, Estimator};
-use crate::output::{JsonPath, escape, human_bytes, shown};
+use crate::output::{JsonPath, escape, human_bytes, human_ns, shown};
 
 /// Bytes that are read to measure, and by how many at once.
 const MEASURED: usize = 16 << 20;
@@ -35,7 +35,7 @@ pub fn columns(read: Option<Cost>) -> String {
         Some(cost) => format!(
             "{:>10} {:>9} ",
             human_bytes(cost.read_bytes),
-            human_time(cost.read_ns)
+            human_ns(cost.read_ns)
         ),
         None => format!("{:>10} {:>9} ", "-", "-"),
     }
@@ -289,10 +289,10 @@ impl Report {
             "account: {} reads of {} took {} through FUSE; the bypass would have saved {}",
             self.total.reads,
             human_bytes(self.total.read_bytes),
-            human_time(self.total.read_ns),
+            human_ns(self.total.read_ns),
             self.saved_ns.map_or_else(
                 || "some of it (not measured: no memory)".into(),
-                |ns| format!("about {}", human_time(ns))
+                |ns| format!("about {}", human_ns(ns))
             ),
         )];
         if self.forgotten > 0 {
@@ -304,7 +304,7 @@ impl Report {
         for clip in &self.clips {
             lines.push(format!(
                 "  {:>9} {:>10} {:<14} {}",
-                human_time(clip.cost.read_ns),
+                human_ns(clip.cost.read_ns),
                 human_bytes(clip.cost.read_bytes),
                 clip.state,
                 shown(clip.name.as_deref()),
@@ -313,7 +313,7 @@ impl Report {
         for process in &self.processes {
             lines.push(format!(
                 "  {:>9} {:>10} pid {} ({}), {} clips",
-                human_time(process.cost.read_ns),
+                human_ns(process.cost.read_ns),
                 human_bytes(process.cost.read_bytes),
                 process.pid,
                 escape(&process.name),
@@ -335,15 +335,6 @@ pub fn share(cached_bytes: Option<u64>, size: u64, reason: Option<Reason>) -> f6
             (cached as f64 / size as f64).min(1.0)
         }
         _ => 0.0,
-    }
-}
-
-/// A time for people: `12.3 ms`.
-fn human_time(ns: u64) -> String {
-    match ns {
-        0..1_000_000 => format!("{:.1} us", ns as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} ms", ns as f64 / 1e6),
-        _ => format!("{:.1} s", ns as f64 / 1e9),
     }
 }
 

@@ -4,8 +4,7 @@
 use std::fmt::Write;
 
 use super::html::escaped;
-use super::report::human_ns;
-use crate::output::human_bytes;
+use crate::output::{human_bytes, human_ns};
 
 /// The drawing's size, in units of which a phone's screen has about as many.
 const WIDTH: f64 = 360.0;

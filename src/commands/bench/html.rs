@@ -7,8 +7,8 @@ use vmafx_bypass::bench::{Engine, Measurement, Pattern, Percentiles};
 
 use super::chart::{Axis, Line, lines};
 use super::described;
-use super::report::{Report, human_ns};
-use crate::output::human_bytes;
+use super::report::Report;
+use crate::output::{human_bytes, human_ns};
 
 const STYLE: &str = include_str!("report.css");
 /// Points of a curve of samples.

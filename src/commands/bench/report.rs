@@ -7,7 +7,7 @@ use serde::Serialize;
 use vmafx_bypass::bench::{Engine, LeftOut, Measurement, Pattern, Verdict};
 
 use super::environment::Environment;
-use crate::output::{escape, human_bytes};
+use crate::output::{escape, human_bytes, human_ns};
 
 /// A benchmark's outcome.
 #[derive(Serialize)]
@@ -144,15 +144,5 @@ impl Report<'_> {
             )?;
         }
         Ok(())
-    }
-}
-
-/// A duration for people: `8.2 ms`.
-pub fn human_ns(ns: u64) -> String {
-    match ns {
-        0..1_000 => format!("{ns} ns"),
-        1_000..1_000_000 => format!("{:.1} us", ns as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} ms", ns as f64 / 1e6),
-        _ => format!("{:.2} s", ns as f64 / 1e9),
     }
 }

@@ -187,7 +187,7 @@ impl<'a> Printer<'a> {
             });
         }
         let open = match (event.kind.name(), fd.open_ns) {
-            ("open", Some(ns)) => format!("{:.1} us", ns as f64 / 1e3),
+            ("open", Some(ns)) => output::human_ns(ns),
             _ => "-".to_owned(),
         };
         // The time of day alone, to the millisecond.
