@@ -67,20 +67,27 @@ pub fn estimate(folders: &Folders, inside: &Path, size: u64) -> Estimate {
         }
         Err(refusal) => return Estimate::unknown(refusal.reason),
     };
+    Estimate {
+        cached_bytes: Some(metadata.ranges.bytes()),
+        state: seems(&metadata, size),
+        ranges: metadata.ranges,
+    }
+}
+
+/// The state of a clip of FUSE's `size` by its metadata alone.
+fn seems(metadata: &Metadata, size: u64) -> Option<Reason> {
     let cached = metadata.ranges.bytes();
-    let state = if metadata.dirty {
+    let fingerprint = metadata.fingerprint.as_ref();
+    if metadata.dirty {
         Some(Reason::Dirty)
     } else if metadata.size != size {
         Some(Reason::SizeMismatch)
-    } else if cached < size {
-        Some(Reason::Partial)
+    } else if cached > 0 && fingerprint.is_some_and(|f| f.modified.is_none()) {
+        // No proof can be had. Without any fingerprint one may: rclone 1.60
+        // writes it when the clip is opened once more.
+        Some(Reason::StaleMetadata)
     } else {
-        None
-    };
-    Estimate {
-        cached_bytes: Some(cached),
-        state,
-        ranges: metadata.ranges,
+        (cached < size).then_some(Reason::Partial)
     }
 }
 
@@ -222,6 +229,28 @@ mod tests {
                 modified: Some(TIME),
             }),
         }
+    }
+
+    #[test]
+    fn a_clip_seems_to_be_what_its_metadata_tells() {
+        assert_eq!(seems(&whole(), 100), None);
+        assert_eq!(seems(&whole(), 101), Some(Reason::SizeMismatch));
+        let changed = |change: fn(&mut Metadata)| {
+            let mut metadata = whole();
+            change(&mut metadata);
+            seems(&metadata, 100)
+        };
+        assert_eq!(changed(|m| m.dirty = true), Some(Reason::Dirty));
+        assert_eq!(changed(|m| m.fingerprint = None), None);
+        let timeless = |m: &mut Metadata| m.fingerprint.as_mut().unwrap().modified = None;
+        assert_eq!(changed(timeless), Some(Reason::StaleMetadata));
+        let partial = |m: &mut Metadata| m.ranges = Ranges::from_sorted(&[(0, 60)], 100).unwrap();
+        assert_eq!(changed(partial), Some(Reason::Partial));
+        let nothing = |m: &mut Metadata| {
+            m.ranges = Ranges::default();
+            m.fingerprint.as_mut().unwrap().modified = None;
+        };
+        assert_eq!(changed(nothing), Some(Reason::Partial));
     }
 
     #[test]
