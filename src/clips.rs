@@ -53,7 +53,8 @@ impl Clips {
             return Err(Refusal::new(Reason::Unsupported, detail));
         }
         let path = fs::read_link(link(clip.as_fd())).map_err(|e| io("the clip's path", &e))?;
-        let table = Locator::with(|locator| Ok(locator.table()))?;
+        let locator = Locator::now()?;
+        let table = locator.table();
         let own = table.by_id(stat.stx_mnt_id).cloned();
         let is_ours = own.is_some();
         let mount = own.map_or_else(|| elsewhere(client.pid, stat.stx_mnt_id), Ok)?;
@@ -82,7 +83,7 @@ impl Clips {
         let clip = if is_ours {
             clip
         } else {
-            open_here(&table, &mount, &inside, &stat)?
+            open_here(table, &mount, &inside, &stat)?
         };
         Ok(Admitted {
             clip,

@@ -347,14 +347,9 @@ fn check_passthrough(mode: SnapshotMode, source: &Path) -> Result<(), Refusal> {
         let detail = "the kernel wants CAP_SYS_ADMIN to read clips by itself";
         return Err(Refusal::new(Reason::Permission, detail));
     }
-    let (mount, located) = Locator::with(|locator| {
-        let table = locator.table();
-        let mount = table.containing(source).cloned();
-        let mount = mount.ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
-        // Where it cannot be told now, each open finds out for itself.
-        let located = locator.locate(&mount).ok();
-        Ok((mount, located))
-    })?;
+    let locator = Locator::now()?;
+    let mount = locator.table().containing(source);
+    let mount = mount.ok_or_else(|| Refusal::new(Reason::NotRclone, "its mount is gone"))?;
     if !mount.read_only {
         let point = mount.point.display();
         return unsupported(format!(
@@ -362,7 +357,8 @@ fn check_passthrough(mode: SnapshotMode, source: &Path) -> Result<(), Refusal> {
         ));
     }
     if mode == SnapshotMode::Reflink
-        && let Some(cache) = located.map(|located| located.cache_folder())
+        // Where it cannot be told now, each open finds out for itself.
+        && let Ok(cache) = locator.locate(mount).map(|located| located.cache_folder())
         && !has_reflinks(&cache)
     {
         return unsupported(format!(

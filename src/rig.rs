@@ -321,10 +321,9 @@ impl Rig {
         let size = fs::metadata(&path)?.len();
         let cached = wait_until(|| {
             go_on()?;
-            let located = Locator::with(|locator| {
-                let table = locator.table();
-                let mount = table.containing(&path).cloned();
-                mount.map(|mount| locator.locate(&mount)).transpose()
+            let located = Locator::now().and_then(|locator| {
+                let mount = locator.table().containing(&path);
+                mount.map(|mount| locator.locate(mount)).transpose()
             });
             Ok(matches!(located, Ok(Some(located))
                 if estimate(&located.folders, name, size).state.is_none()))

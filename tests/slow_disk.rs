@@ -1,18 +1,26 @@
-//! A disk that takes its time, in a process of its own: every read is delayed.
+//! A disk that takes its time, in a process of its own: every read is delayed, or
+//! nothing is answered.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::fs;
 use std::io::Read;
-use std::path::Path;
-use std::sync::Mutex;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::{Mutex, mpsc};
+use std::thread;
 
 use common::clips::*;
-use common::eventually;
 use common::snapshots::{ask, bytes_of, of_both};
-use vmafx_bypass::Reason;
+use common::{content, eventually, need_root, put, rig_with};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, gettid};
+use vmafx_bypass::cache::rclone::Locator;
 use vmafx_bypass::rig::Rig;
+use vmafx_bypass::{BypassFile, Reason};
 
 /// A process has one tracer.
 static ONE: Mutex<()> = Mutex::new(());
@@ -81,6 +89,96 @@ fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
             assert!(!copies(), "a descriptor is left");
         });
     }
+}
+
+/// A folder whose disk has stopped to answer.
+struct Dead {
+    bindfs: Child,
+    folder: PathBuf,
+}
+
+impl Dead {
+    fn over(folder: &Path) -> Self {
+        let before = fs::metadata(folder).unwrap().dev();
+        let mut bindfs = Command::new("bindfs");
+        bindfs.args(["-f", "-o", "attr_timeout=0,entry_timeout=0"]);
+        let bindfs = bindfs.arg(folder).arg(folder).spawn().unwrap();
+        eventually("the mount of bindfs", || {
+            fs::metadata(folder).unwrap().dev() != before
+        });
+        kill(Pid::from_raw(bindfs.id() as i32), Signal::SIGSTOP).unwrap();
+        Self {
+            bindfs,
+            folder: folder.into(),
+        }
+    }
+}
+
+impl Drop for Dead {
+    fn drop(&mut self) {
+        // Who waits for it gets an error.
+        let _ = self.bindfs.kill();
+        let _ = self.bindfs.wait();
+        let _ = umount2(&self.folder, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Clips of other mounts are opened while the cache of one is looked for in vain.
+#[test]
+fn a_dead_disk_holds_up_its_own_mount_alone() {
+    let _one = ONE.lock();
+    need_root();
+    let rig_of = |seed| {
+        rig_with(options(Path::new("rclone"), &[]), |source| {
+            put(source, CLIP, &content(seed, MIB));
+        })
+    };
+    let (stuck, rig) = (rig_of(1), rig_of(2));
+    rig.cache_whole(Path::new(CLIP)).unwrap();
+    let disk = Dead::over(&stuck.cache());
+    let locator = Locator::now().unwrap();
+    let found = locator.table().containing(&stuck.mountpoint());
+    let found = found.unwrap().clone();
+    let (tell, told) = mpsc::channel();
+    let looks = thread::spawn(move || {
+        tell.send(gettid()).unwrap();
+        locator.locate(&found).map(drop)
+    });
+    let thread = told.recv().unwrap();
+    eventually("a look at the dead disk", || waits_for_fuse(thread));
+    let reads = |rig: &Rig| {
+        let path = clip(rig);
+        let reads = thread::spawn(move || {
+            let file = BypassFile::open(path).unwrap();
+            (file.refusal(), read_all(&file))
+        });
+        eventually("a clip of another mount", || reads.is_finished());
+        reads.join().unwrap()
+    };
+    // One whose cache is known, and one whose cache is looked for.
+    assert!(reads(&rig) == (None, content(2, MIB)));
+    let late = rig_of(3);
+    fs::read(clip(&late)).unwrap();
+    eventually("its metadata", || {
+        cache_file(&late, "vfsMeta", CLIP).exists()
+    });
+    let (refusal, bytes) = reads(&late);
+    assert!(bytes == content(3, MIB));
+    assert_eq!(refusal, None);
+    assert!(waits_for_fuse(thread));
+    // What it finds in the end is of a mount that is another by now.
+    let nothing = None::<&str>;
+    let remount = MsFlags::MS_REMOUNT;
+    mount(nothing, &stuck.mountpoint(), nothing, remount, nothing).unwrap();
+    kill(Pid::from_raw(disk.bindfs.id() as i32), Signal::SIGCONT).unwrap();
+    let refusal = looks.join().unwrap().unwrap_err();
+    assert_eq!(refusal.reason, Reason::Changed, "{refusal}");
+}
+
+/// Whether a thread of this process waits for an answer of a FUSE daemon.
+fn waits_for_fuse(thread: Pid) -> bool {
+    let stack = fs::read_to_string(format!("/proc/self/task/{thread}/stack")).unwrap();
+    stack.contains("fuse_simple_request") || stack.contains("request_wait_answer")
 }
 
 /// Whether this process has a copy of a clip open.

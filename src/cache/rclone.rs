@@ -8,6 +8,7 @@ mod daemon;
 mod facts;
 mod hidden;
 mod locate;
+mod locator;
 mod metadata;
 mod names;
 mod sharing;
@@ -15,7 +16,8 @@ mod start;
 
 pub use daemon::Daemon;
 pub(crate) use facts::{Clip, FuseFile, gather, no_cachestat};
-pub use locate::{Folders, Located, Locator, mount_facts};
+pub use locate::{Folders, Located, mount_facts};
+pub use locator::Locator;
 #[cfg(feature = "mount")]
 pub(crate) use metadata::fingerprint_mark;
 pub use metadata::parse as parse_metadata;

@@ -185,7 +185,8 @@ fn on_rclone(prefix: &Path, table: &MountTable) -> CheckRow {
 /// Whether a mount's daemon and cache are found and may be read. `rclone` is what
 /// PATH's says of its version.
 fn look_at(mount: &Mount, table: &MountTable, rclone: Option<&str>) -> MountRow {
-    let found = Locator::with(|locator| locator.locate(mount)).and_then(|located| {
+    let found = Locator::now().and_then(|locator| {
+        let located = locator.locate(mount)?;
         check_mount(&located.mount_facts(), &mut Trail::off())?;
         Ok(located)
     });

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmafx_bypass::cache::proof::check_mount;
@@ -62,10 +63,9 @@ impl Estimator {
         {
             return Err(refusal.clone());
         }
-        let found = Locator::with(|locator| {
-            let table = locator.table();
-            let place = on_rclone(&table, dev, path);
-            Ok(place.map(|(mount, inside)| self.in_cache(locator, mount, inside)))
+        let found = Locator::now().map(|locator| {
+            let place = on_rclone(locator.table(), dev, path);
+            place.map(|(mount, inside)| self.in_cache(&locator, mount, inside))
         });
         let found = match found {
             Ok(Some(found)) => found,
@@ -81,7 +81,7 @@ impl Estimator {
 
     fn in_cache(
         &self,
-        locator: &mut Locator,
+        locator: &Arc<Locator>,
         mount: &Mount,
         inside: PathBuf,
     ) -> Result<Found, Refusal> {

@@ -1,6 +1,7 @@
 //! From an open file to a proof.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::companion::{self, Companion};
 use super::epoch::Epoch;
@@ -43,16 +44,13 @@ pub(super) fn prove(
     })?;
     let mount_id = trail.failure(Gate::Mount, companion.mount_id())?;
     let path = trail.failure(Gate::Mount, companion.current_path())?;
-    let (mount, located) = Locator::with(|locator| {
-        let mount = find_mount(locator, mount_id, &path);
-        let mount = trail.step(Gate::Mount, mount, |mount| {
-            let (point, source) = (mount.point.display(), mount.source.display());
-            format!("`{point}`, {} of `{source}`", mount.fstype)
-        })?;
-        let located = trail.step(Gate::Daemon, locator.locate(&mount), |located| {
-            format!("pid {}", located.daemon.pid)
-        })?;
-        Ok((mount, located))
+    let found = find_mount(mount_id, &path);
+    let (locator, mount) = trail.step(Gate::Mount, found, |(_, mount)| {
+        let (point, source) = (mount.point.display(), mount.source.display());
+        format!("`{point}`, {} of `{source}`", mount.fstype)
+    })?;
+    let located = trail.step(Gate::Daemon, locator.locate(&mount), |located| {
+        format!("pid {}", located.daemon.pid)
     })?;
     let identity = companion
         .identity()
@@ -97,28 +95,24 @@ pub(super) fn prove(
 
 /// Whether a superblock that was read-only still is, wherever it is mounted.
 pub(super) fn check_read_only(dev: Dev) -> Result<(), Refusal> {
-    Locator::with(|locator| {
-        let table = locator.table();
-        match table.iter().find(|m| m.dev == dev && !m.read_only) {
-            None => Ok(()),
-            Some(mount) => Err(Refusal::new(
-                Reason::Changed,
-                format!("`{}` is writable", mount.point.display()),
-            )),
-        }
-    })
+    let locator = Locator::now()?;
+    let mut mounts = locator.table().iter();
+    match mounts.find(|m| m.dev == dev && !m.read_only) {
+        None => Ok(()),
+        Some(mount) => Err(Refusal::new(
+            Reason::Changed,
+            format!("`{}` is writable", mount.point.display()),
+        )),
+    }
 }
 
 /// The rclone mount of this id. What the table says of it is checked against
 /// the kernel: a mount point moves without notice when a folder above it is
 /// renamed, and another mount may cover it.
-fn find_mount(locator: &mut Locator, id: u64, path: &Path) -> Result<Mount, Refusal> {
-    for reread in [false, true] {
-        if reread {
-            locator.reread()?;
-        }
-        let table = locator.table();
-        let Some(mount) = table.by_id(id) else {
+fn find_mount(id: u64, path: &Path) -> Result<(Arc<Locator>, Mount), Refusal> {
+    for read in [Locator::now, Locator::anew] {
+        let locator = read()?;
+        let Some(mount) = locator.table().by_id(id) else {
             continue;
         };
         if !mount.is_rclone() {
@@ -131,7 +125,8 @@ fn find_mount(locator: &mut Locator, id: u64, path: &Path) -> Result<Mount, Refu
             return Err(Refusal::new(reason, detail));
         }
         if companion::mount_id_of(&mount.point) == Ok(id) {
-            return Ok(mount.clone());
+            let mount = mount.clone();
+            return Ok((locator, mount));
         }
     }
     Err(Refusal::new(

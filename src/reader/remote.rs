@@ -105,8 +105,8 @@ pub(crate) fn by_either<T>(
 /// Whether the clip is on an rclone mount, by our mount table.
 fn is_on_rclone(companion: &Companion) -> bool {
     companion.mount_id().is_ok_and(|id| {
-        let table = Locator::with(|locator| Ok(locator.table()));
-        table.is_ok_and(|table| table.by_id(id).is_some_and(Mount::is_rclone))
+        let locator = Locator::now();
+        locator.is_ok_and(|locator| locator.table().by_id(id).is_some_and(Mount::is_rclone))
     })
 }
 

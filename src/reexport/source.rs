@@ -66,9 +66,8 @@ impl Source {
 
     fn mount_of(root: impl AsFd) -> io::Result<Mount> {
         let id = mount_id(root)?;
-        let table = Locator::with(|locator| Ok(locator.table()));
-        let table = table.map_err(|e| io::Error::other(e.to_string()))?;
-        let mount = table.by_id(id).filter(|mount| mount.is_rclone());
+        let locator = Locator::now().map_err(|e| io::Error::other(e.to_string()))?;
+        let mount = locator.table().by_id(id).filter(|mount| mount.is_rclone());
         mount.cloned().ok_or_else(|| Errno::NOTCONN.into())
     }
 

@@ -1,18 +1,12 @@
 //! From a mount to its cache folders.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
-
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::daemon::{Daemon, denied};
 use super::start::{Start, base_name};
@@ -405,133 +399,6 @@ fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
 pub(super) fn names_nothing(error: &io::Error) -> bool {
     use io::ErrorKind::{NotADirectory, NotFound};
     matches!(error.kind(), NotFound | NotADirectory)
-}
-
-/// After this long a cache that was shared is looked at again: the other
-/// rclone may have ended, of which the mount table need not tell.
-const SHARED_AGAIN: Duration = Duration::from_secs(1);
-
-fn no_mountinfo(error: io::Error) -> Refusal {
-    Refusal::from_io("`/proc/self/mountinfo`", &error, Reason::IoError)
-}
-
-/// Whose mount table it is. A child of fork(2) shares the open mountinfo with its
-/// parent, and each would take changes from the other; one that was opened in
-/// another mount namespace tells of that one's changes.
-#[derive(PartialEq)]
-struct Owner {
-    pid: u32,
-    namespace: (u64, u64),
-}
-
-impl Owner {
-    fn now() -> Result<Self, Refusal> {
-        let path = "/proc/self/ns/mnt";
-        let namespace = fs::metadata(path)
-            .map_err(|e| Refusal::from_io(format_args!("`{path}`"), &e, Reason::IoError))?;
-        Ok(Self {
-            pid: std::process::id(),
-            namespace: (namespace.dev(), namespace.ino()),
-        })
-    }
-}
-
-/// The mount table and what was located on it, kept until the table changes or
-/// a daemon exits. Opening a clip then costs one poll(2) instead of a search.
-pub struct Locator {
-    owner: Owner,
-    changes: File,
-    table: Arc<MountTable>,
-    located: HashMap<Dev, (Instant, Located)>,
-}
-
-impl Locator {
-    fn new() -> Result<Self, Refusal> {
-        let owner = Owner::now()?;
-        let changes = File::open("/proc/self/mountinfo").map_err(no_mountinfo)?;
-        let table = MountTable::read().map_err(no_mountinfo)?;
-        Ok(Self {
-            owner,
-            changes,
-            table: Arc::new(table),
-            located: HashMap::new(),
-        })
-    }
-
-    /// Runs `f` on this process's locator, refreshed.
-    ///
-    /// # Errors
-    /// [`Reason::IoError`] where /proc is not mounted, and those of `f`.
-    pub fn with<T>(f: impl FnOnce(&mut Self) -> Result<T, Refusal>) -> Result<T, Refusal> {
-        static SHARED: OnceLock<Mutex<Option<Locator>>> = OnceLock::new();
-        let mut shared = SHARED
-            .get_or_init(Mutex::default)
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Taken out while it is refreshed: asking for changes consumes them,
-        // so that a table which then could not be read must not come back.
-        let locator = match shared.take() {
-            Some(mut locator) if Owner::now().is_ok_and(|now| now == locator.owner) => {
-                locator.refresh().map(|()| locator)
-            }
-            _ => Self::new(),
-        }?;
-        f(shared.insert(locator))
-    }
-
-    /// Reads the table again if the kernel says that it has changed: mountinfo
-    /// is then readable with priority (proc_pid_mountinfo(5)).
-    fn refresh(&mut self) -> Result<(), Refusal> {
-        let mut fds = [PollFd::new(self.changes.as_fd(), PollFlags::POLLPRI)];
-        let changed = loop {
-            match poll(&mut fds, PollTimeout::ZERO) {
-                // A pending signal interrupts it even where it does not wait.
-                Err(Errno::EINTR) => {}
-                result => break result.map_err(|e| no_mountinfo(e.into()))?,
-            }
-        };
-        if changed > 0 { self.reread() } else { Ok(()) }
-    }
-
-    /// Reads the table again. What was located stays as long as the rclone
-    /// mounts are the same: most changes are of other mounts.
-    ///
-    /// # Errors
-    /// [`Reason::IoError`] where /proc is not mounted.
-    pub fn reread(&mut self) -> Result<(), Refusal> {
-        let table = MountTable::read().map_err(no_mountinfo)?;
-        let rclones = |table: &MountTable| -> Vec<Mount> {
-            table.iter().filter(|m| m.is_rclone()).cloned().collect()
-        };
-        if rclones(&table) != rclones(&self.table) {
-            self.located.clear();
-        }
-        self.table = Arc::new(table);
-        Ok(())
-    }
-
-    /// The mount table.
-    #[must_use]
-    pub fn table(&self) -> Arc<MountTable> {
-        Arc::clone(&self.table)
-    }
-
-    /// Where the cache of a mount is.
-    ///
-    /// # Errors
-    /// As of [`Located::find`].
-    pub fn locate(&mut self, mount: &Mount) -> Result<Located, Refusal> {
-        if let Some((at, located)) = self.located.get(&mount.dev)
-            && located.daemon.is_alive()
-            && (located.shared_with.is_none() || at.elapsed() < SHARED_AGAIN)
-        {
-            return Ok(located.clone());
-        }
-        let located = Located::find(mount, &self.table)?;
-        let entry = (Instant::now(), located.clone());
-        self.located.insert(mount.dev, entry);
-        Ok(located)
-    }
 }
 
 #[cfg(test)]

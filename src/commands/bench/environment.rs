@@ -77,16 +77,13 @@ fn version(rclone: &Path) -> Option<String> {
 impl Clip {
     fn read(path: &Path) -> Self {
         let resolved = fs::canonicalize(path).unwrap_or_else(|_| path.into());
-        let found = Locator::with(|locator| {
-            let table = locator.table();
-            let mount = table.containing(&resolved).cloned();
-            let pid = mount
-                .as_ref()
-                .and_then(|mount| locator.locate(mount).ok())
-                .map(|located| located.daemon.pid);
-            Ok((mount, pid))
-        });
-        let (mount, pid) = found.unwrap_or((None, None));
+        let locator = Locator::now().ok();
+        let mount = locator
+            .as_ref()
+            .and_then(|locator| locator.table().containing(&resolved));
+        let located = locator.as_ref().zip(mount);
+        let located = located.and_then(|(locator, mount)| locator.locate(mount).ok());
+        let pid = located.map(|located| located.daemon.pid);
         let arguments = pid.and_then(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
         Self {
             path: path.to_string_lossy().into_owned(),
