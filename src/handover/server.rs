@@ -37,9 +37,8 @@ const THREADS: usize = 24;
 /// Of these, those that may wait for FUSE; and for one user's clips.
 const SLOTS: usize = 20;
 const SLOTS_OF_ONE: usize = 10;
-/// Connections at once, and those of one user who is not root.
+/// Connections at once.
 const CLIENTS: usize = 1024;
-const CLIENTS_OF_ONE: usize = 768;
 /// Descriptors that a connection may need: itself, the cache file, its
 /// metadata, and one on the way.
 const FDS_OF_ONE: u64 = 4;
@@ -303,6 +302,16 @@ impl Drop for Server {
     }
 }
 
+/// How many of all connections may be one user's: others find room beside root, too.
+fn share_of(uid: u32, connections: usize) -> usize {
+    let share = if uid == 0 {
+        connections * 15 / 16
+    } else {
+        connections * 3 / 4
+    };
+    share.max(1)
+}
+
 /// As many connections as there is room for in the table of descriptors.
 fn max_clients() -> usize {
     use nix::sys::resource::{Resource, getrlimit};
@@ -381,9 +390,7 @@ impl Shared {
         let mut clients = self.clients();
         let of_user = |c: &&Arc<Connected>| c.client.uid == client.uid;
         let is_full = clients.len() >= self.max_clients
-            || (client.uid != 0
-                && clients.values().filter(of_user).count()
-                    >= CLIENTS_OF_ONE.min(self.max_clients * 3 / 4));
+            || clients.values().filter(of_user).count() >= share_of(client.uid, self.max_clients);
         if is_full {
             count(&self.counters.turned_away);
             let refusal = Refusal::new(Reason::Handover, "the server has too many clients");

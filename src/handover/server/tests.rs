@@ -175,4 +175,6 @@ fn connections_leave_room_for_everything_else() {
     }
     assert_eq!(clients_of(16_384), CLIENTS);
     assert_eq!(clients_of(0), 1);
+    assert_eq!((share_of(0, CLIENTS), share_of(1000, CLIENTS)), (960, 768));
+    assert_eq!((share_of(0, 1), share_of(1000, 1)), (1, 1));
 }
