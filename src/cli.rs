@@ -244,6 +244,10 @@ pub struct DoctorArgs {
 pub struct ExplainArgs {
     /// The file.
     pub path: PathBuf,
+    /// Where the cache may not be opened, ask the server of `run --socket` at
+    /// this socket; by default the one that VMAFX_BYPASS_SOCKET names.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
     /// How to print it.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,

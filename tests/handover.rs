@@ -13,6 +13,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use common::clips::*;
 use common::handover::*;
 use common::{content, eventually, fuse_range, need_root, put, rclones, rig_with};
@@ -57,6 +59,49 @@ fn an_unprivileged_reader_gets_roots_bytes_from_the_cache() {
         let (read, stats) = read_by(&NOBODY, &clip(rig), &verify);
         assert!(read == bytes);
         assert_eq!(stats["verified_bytes"], bytes.len(), "{stats}");
+    });
+}
+
+#[test]
+fn explain_asks_the_server_where_read_does() {
+    each_rclone(9 * MIB + 123, ALL, |rig, bytes| {
+        let served = Served::of(rig);
+        rig.cache_whole(Path::new(CLIP)).unwrap();
+        let socket = served.socket();
+        let socket = socket.to_str().unwrap();
+        let named = ["--socket", socket];
+        let handover = |document: &Value| {
+            let gates = document["gates"].as_array().unwrap();
+            let last = gates.last().unwrap().clone();
+            assert_eq!(last["name"], "handover");
+            last
+        };
+        let unasked = explain_by(&NOBODY, rig, &[]);
+        assert_ne!(unasked["state"], "active", "{unasked}");
+        assert_eq!(handover(&unasked)["pass"], Value::Null, "{unasked}");
+        let asked = explain_by(&NOBODY, rig, &named);
+        assert_eq!(asked["state"], "active", "{asked}");
+        assert_eq!(asked["cached_bytes"], bytes.len(), "{asked}");
+        let gate = handover(&asked);
+        assert_eq!(gate["pass"], true, "{asked}");
+        assert!(gate["detail"].as_str().unwrap().contains(socket), "{asked}");
+        let gates = asked["gates"].as_array().unwrap();
+        assert!(gates.iter().all(|gate| gate["pass"] != false), "{asked}");
+        // Root sees the cache itself.
+        let own = explain_by(&["env"], rig, &named);
+        assert_eq!(own["state"], "active", "{own}");
+        let detail = handover(&own)["detail"].clone();
+        assert!(detail.as_str().unwrap().starts_with("not needed"), "{own}");
+        // Nor is a server asked that the kill switch keeps `read` from asking.
+        let killed = [&NOBODY[..], &["env", "VMAFX_EBPF_BYPASS=0"]].concat();
+        let killed = explain_by(&killed, rig, &named);
+        assert_eq!(killed["state"], "disabled", "{killed}");
+        assert_eq!(handover(&killed)["pass"], Value::Null, "{killed}");
+        drop(served);
+        let gone = explain_by(&NOBODY, rig, &named);
+        assert_eq!(gone["state"], "handover", "{gone}");
+        assert_eq!(handover(&gone)["pass"], false, "{gone}");
+        assert!(handover(&gone)["remedy"].is_string(), "{gone}");
     });
 }
 

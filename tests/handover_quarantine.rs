@@ -51,8 +51,10 @@ fn a_difference_takes_the_clip_from_all_clients() {
     // Nor in any other that asks the server.
     let (_, stats) = read_by(&NOBODY, &clip(&rig), &named);
     assert_eq!(stats["state"], "quarantined", "{stats}");
+    let explained = explain_by(&NOBODY, &rig, &named);
+    assert_eq!(explained["state"], "quarantined", "{explained}");
     let lines = run.end(Signal::SIGTERM);
     let handover = &lines.last().unwrap()["handover"];
     assert_eq!(handover["ended"]["quarantined"], 1, "{handover}");
-    assert_eq!(handover["refused"]["quarantined"], 1, "{handover}");
+    assert_eq!(handover["refused"]["quarantined"], 2, "{handover}");
 }

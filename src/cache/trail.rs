@@ -66,6 +66,8 @@ gates! {
     Settled = "settled";
     /// No page waits to reach rclone.
     PageCache = "page_cache";
+    /// A handover server has proven it, where the cache is not ours to see.
+    Handover = "handover";
 }
 
 /// What a gate found.

@@ -9,6 +9,7 @@ use vmafx_bypass::cache::ranges::Span;
 use vmafx_bypass::cache::trail::Gate;
 use vmafx_bypass::{Explanation, Reason};
 
+use super::read::options;
 use crate::cli::{ExplainArgs, Format};
 use crate::exit::Exit;
 use crate::output::{JsonPath, SCHEMA, escape, human_bytes, write_json};
@@ -23,7 +24,8 @@ pub fn run(args: &ExplainArgs) -> Result<Exit> {
     let shown = || format!("`{}`", args.path.display());
     let source = source_of(&args.path).with_context(shown)?;
     let path = source.as_deref().unwrap_or(&args.path);
-    let explanation = Explanation::of(path).with_context(shown)?;
+    let options = options(args.socket.as_deref());
+    let explanation = options.explain(path).with_context(shown)?;
     // As it was given: on a mount of ours, which reads that clip.
     let reexport = source.is_some().then_some(args.path.as_path());
     let mut out = io::stdout().lock();
@@ -116,9 +118,13 @@ impl Document {
 
 /// Every gate there is, in order.
 fn gates(explanation: &Explanation) -> Vec<GateRow> {
+    let mut steps = explanation.steps.iter();
+    let is_handed_over = steps.any(|step| step.gate == Gate::Handover && step.found.is_ok());
     let row = |gate: &Gate| {
         let step = explanation.steps.iter().find(|step| step.gate == *gate);
         let refusal = step.and_then(|step| step.found.as_ref().err());
+        // What a server has made up for needs no remedy.
+        let refusal = refusal.filter(|_| !is_handed_over);
         GateRow {
             name: gate.name(),
             pass: step.map(|step| step.found.is_ok()),
@@ -158,8 +164,9 @@ fn write_text(out: &mut impl Write, explanation: &Explanation) -> io::Result<()>
             writeln!(out, "      {:<15} -> {remedy}", "")?;
         }
     }
+    let mut steps = explanation.steps.iter();
     if let Some(refusal) = &explanation.refusal
-        && !explanation.steps.iter().any(|step| step.found.is_err())
+        && !steps.any(|step| step.found.as_ref() == Err(refusal))
     {
         writeln!(out, "  NO  {}", escape(refusal.to_string().as_ref()))?;
         writeln!(out, "      -> {}", refusal.reason.remedy())?;
@@ -180,12 +187,11 @@ fn write_text(out: &mut impl Write, explanation: &Explanation) -> io::Result<()>
     if let Some(more) = explanation.ranges.len().checked_sub(MAX_ROWS + 1) {
         writeln!(out, "  … {} more; --format json has them all", more + 1)?;
     }
-    let primed = explanation
-        .steps
-        .iter()
-        .any(|step| step.gate == Gate::Prime);
-    let changed = if primed {
+    let came_to = |gate| explanation.steps.iter().any(|step| step.gate == gate);
+    let changed = if came_to(Gate::Prime) {
         "one byte was read through fuse, so that rclone looks at the clip's version"
+    } else if came_to(Gate::Handover) {
+        "the server may have read one byte through fuse"
     } else {
         "nothing was read"
     };

@@ -4,7 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::companion::Companion;
-use super::prove::{Wanted, prove};
+use super::options::BypassOptions;
+use super::remote::Via;
 use crate::cache::ranges::Span;
 use crate::cache::trail::{Gate, Step, Trail};
 use crate::optin::{self, OptIn};
@@ -17,8 +18,9 @@ pub struct Explanation {
     pub path: PathBuf,
     /// Its size as FUSE shows it, bytes.
     pub size: u64,
-    /// The gates that were come to, in order. All of the pure ones are there,
-    /// also after one that does not hold.
+    /// The gates that were come to. All of the pure ones are there, also after one
+    /// that does not hold; none but the server's where that was asked first and has
+    /// proven the clip.
     pub steps: Vec<Step>,
     /// Why all goes through FUSE; `None` where ranges come from the cache.
     pub refusal: Option<Refusal>,
@@ -27,16 +29,17 @@ pub struct Explanation {
 }
 
 impl Explanation {
-    /// Explains a file, as a read that began now would find it.
-    ///
-    /// It opens the file through FUSE and, where something of it is cached,
-    /// reads one byte there, as every proof does; rclone then keeps the clip as
-    /// recently used. It changes nothing else.
+    /// Explains a file, as a read that began now with the default options would
+    /// find it; see [`BypassOptions::explain`].
     ///
     /// # Errors
     /// Those of open(2) on the path itself.
     pub fn of(path: impl AsRef<Path>) -> io::Result<Self> {
-        let companion = Companion::open(path.as_ref())?;
+        BypassOptions::new().explain(path)
+    }
+
+    pub(super) fn by(via: &Via, path: &Path) -> io::Result<Self> {
+        let companion = Companion::open(path)?;
         let mut trail = Trail::on();
         let enabled = match optin::from_env() {
             OptIn::Killed => Err(Refusal::new(
@@ -46,8 +49,14 @@ impl Explanation {
             _ => Ok(format!("{} is not 0", optin::VARIABLE)),
         };
         let enabled = trail.note(Gate::Enabled, enabled);
-        let mapped =
-            prove(&companion, None, Wanted::Ranges, &mut trail).and_then(|epoch| epoch.map());
+        // Switched off, no read asks a server.
+        let via = enabled.as_ref().map_or(Via::default(), |()| via.clone());
+        let mapped = via.prove(&companion, None, &mut trail);
+        let mapped = mapped.and_then(|epoch| epoch.map());
+        if mapped.is_ok() {
+            // Unless it was asked, and has noted so itself.
+            let _ = trail.note(Gate::Handover, Ok("not needed: no server was asked".into()));
+        }
         let size = companion.metadata()?.len();
         let (refusal, ranges) = match enabled.and(mapped) {
             Ok(map) => (None, map),

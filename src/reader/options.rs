@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::BypassFile;
 use super::companion::Companion;
+use super::explain::Explanation;
 use super::remote::Via;
 
 /// How to open a [`BypassFile`].
@@ -71,6 +72,18 @@ impl BypassOptions {
     pub fn from_fd(&self, fd: OwnedFd) -> io::Result<BypassFile> {
         let companion = Companion::from_fd(fd)?;
         Ok(BypassFile::new(companion, self.via.clone()))
+    }
+
+    /// Explains a file, as a read that began now with these options would find it.
+    ///
+    /// It opens the file through FUSE and, where something of it is cached,
+    /// reads one byte there, as every proof does, by a server, too; rclone then
+    /// keeps the clip as recently used. It changes nothing else.
+    ///
+    /// # Errors
+    /// Those of open(2) on the path itself.
+    pub fn explain(&self, path: impl AsRef<Path>) -> io::Result<Explanation> {
+        Explanation::by(&self.via, path.as_ref())
     }
 
     /// As [`from_fd`](Self::from_fd), of a descriptor that nobody else has or has

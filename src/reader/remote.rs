@@ -1,5 +1,6 @@
 //! A proof from a handover server, where the cache is not ours to open.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use super::prove::{self, Wanted, check_read_only};
 use super::verify::{FileKey, check_quarantine};
 use crate::cache::proof::{Proof, Timestamp, check_file_system};
 use crate::cache::rclone::Locator;
-use crate::cache::trail::Trail;
+use crate::cache::trail::{Gate, Trail};
 use crate::handover::{Connection, VARIABLE, socket_from_env};
 use crate::mounts::{Dev, Mount};
 use crate::reason::{Reason, Refusal};
@@ -43,23 +44,35 @@ impl Via {
     }
 
     /// Proves a clip: by ourselves, or by the server where its cache is not ours
-    /// to see.
+    /// to see. `trail` is told of each gate that is come to, the server being one.
     pub(super) fn prove(
         &self,
         companion: &Companion,
         pulled: Option<u64>,
+        trail: &mut Trail,
     ) -> Result<Epoch, Refusal> {
-        let own = || prove::prove(companion, pulled, Wanted::Ranges, &mut Trail::off());
-        let Some(socket) = &self.socket else {
-            if self.alone {
+        // Either may be asked, or both in turn.
+        let trail = RefCell::new(trail);
+        let own = || prove::prove(companion, pulled, Wanted::Ranges, &mut trail.borrow_mut());
+        let server = || {
+            let named = self.socket.as_deref().ok_or_else(|| {
                 let detail = format!("no server is named, by {VARIABLE} or otherwise");
-                return Err(Refusal::new(Reason::Handover, detail));
-            }
-            return own();
+                Refusal::new(Reason::Handover, detail)
+            });
+            let given = named.and_then(|socket| from_server(socket, companion, pulled));
+            trail.borrow_mut().step(Gate::Handover, given, |epoch| {
+                let socket = self.socket.as_deref().unwrap_or(Path::new("")).display();
+                format!(
+                    "{} bytes, by the server at `{socket}`",
+                    epoch.proven_bytes()
+                )
+            })
         };
-        let server = || from_server(socket, companion, pulled);
         if self.alone {
             return server();
+        }
+        if self.socket.is_none() {
+            return own();
         }
         let own_first = is_root() || !is_on_rclone(companion);
         by_either(own_first, dev(companion), own, server)

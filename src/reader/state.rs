@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::companion::Companion;
 use super::epoch::Epoch;
 use super::remote::Via;
+use crate::cache::trail::Trail;
 use crate::reason::{Reason, Refusal};
 
 /// How often a proof that could not be had, or has ended, is tried again.
@@ -42,7 +43,7 @@ pub(super) fn state_of(
     pulled: Option<u64>,
     failures: &AtomicU32,
 ) -> State {
-    match via.prove(companion, pulled) {
+    match via.prove(companion, pulled, &mut Trail::off()) {
         Ok(epoch) => {
             failures.store(0, Ordering::Relaxed);
             State::Active(epoch)

@@ -125,6 +125,22 @@ pub fn read_by(command: &[&str], path: &Path, arguments: &[&str]) -> (Vec<u8>, V
     (output.stdout, stats.unwrap())
 }
 
+/// What `explain` tells of a rig's clip, run by `command`.
+pub fn explain_by(command: &[&str], rig: &Rig, arguments: &[&str]) -> Value {
+    let output = Command::new(command[0])
+        .args(&command[1..])
+        .arg(program().get_program())
+        .args(["explain", "--format", "json"])
+        .args(arguments)
+        .arg(clip(rig))
+        .env_remove("VMAFX_EBPF_BYPASS")
+        .env_remove("VMAFX_BYPASS_SOCKET")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 /// A client without manners.
 pub struct Raw(pub OwnedFd);
 
