@@ -6,19 +6,18 @@ mod common;
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::path::Path;
 use std::sync::{Mutex, mpsc};
 use std::thread;
 
+use common::bindfs::Bindfs;
 use common::clips::*;
 use common::snapshots::{ask, bytes_of, of_both};
 use common::{content, eventually, need_root, put, rig_with};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
+use nix::mount::{MsFlags, mount};
 use nix::unistd::{Pid, gettid};
-use vmafx_bypass::cache::rclone::Locator;
+use vmafx_bypass::cache::rclone::{Folders, Locator, estimate};
+use vmafx_bypass::mounts::MountTable;
 use vmafx_bypass::rig::Rig;
 use vmafx_bypass::{BypassFile, Reason};
 
@@ -91,38 +90,6 @@ fn a_clip_that_changes_while_it_is_copied_is_not_handed_over() {
     }
 }
 
-/// A folder whose disk has stopped to answer.
-struct Dead {
-    bindfs: Child,
-    folder: PathBuf,
-}
-
-impl Dead {
-    fn over(folder: &Path) -> Self {
-        let before = fs::metadata(folder).unwrap().dev();
-        let mut bindfs = Command::new("bindfs");
-        bindfs.args(["-f", "-o", "attr_timeout=0,entry_timeout=0"]);
-        let bindfs = bindfs.arg(folder).arg(folder).spawn().unwrap();
-        eventually("the mount of bindfs", || {
-            fs::metadata(folder).unwrap().dev() != before
-        });
-        kill(Pid::from_raw(bindfs.id() as i32), Signal::SIGSTOP).unwrap();
-        Self {
-            bindfs,
-            folder: folder.into(),
-        }
-    }
-}
-
-impl Drop for Dead {
-    fn drop(&mut self) {
-        // Who waits for it gets an error.
-        let _ = self.bindfs.kill();
-        let _ = self.bindfs.wait();
-        let _ = umount2(&self.folder, MntFlags::MNT_DETACH);
-    }
-}
-
 /// Clips of other mounts are opened while the cache of one is looked for in vain.
 #[test]
 fn a_dead_disk_holds_up_its_own_mount_alone() {
@@ -135,7 +102,8 @@ fn a_dead_disk_holds_up_its_own_mount_alone() {
     };
     let (stuck, rig) = (rig_of(1), rig_of(2));
     rig.cache_whole(Path::new(CLIP)).unwrap();
-    let disk = Dead::over(&stuck.cache());
+    let disk = Bindfs::over(&stuck.cache(), &stuck.cache());
+    disk.stop();
     let locator = Locator::now().unwrap();
     let found = locator.table().containing(&stuck.mountpoint());
     let found = found.unwrap().clone();
@@ -159,8 +127,11 @@ fn a_dead_disk_holds_up_its_own_mount_alone() {
     assert!(reads(&rig) == (None, content(2, MIB)));
     let late = rig_of(3);
     fs::read(clip(&late)).unwrap();
-    eventually("its metadata", || {
-        cache_file(&late, "vfsMeta", CLIP).exists()
+    let table = MountTable::read().unwrap();
+    let folders = Folders::new(table.containing(&late.mountpoint()).unwrap(), late.cache());
+    eventually("a cached clip", || {
+        let estimate = estimate(&folders, Path::new(CLIP), MIB as u64);
+        estimate.state.is_none()
     });
     let (refusal, bytes) = reads(&late);
     assert!(bytes == content(3, MIB));
@@ -170,7 +141,7 @@ fn a_dead_disk_holds_up_its_own_mount_alone() {
     let nothing = None::<&str>;
     let remount = MsFlags::MS_REMOUNT;
     mount(nothing, &stuck.mountpoint(), nothing, remount, nothing).unwrap();
-    kill(Pid::from_raw(disk.bindfs.id() as i32), Signal::SIGCONT).unwrap();
+    disk.go_on();
     let refusal = looks.join().unwrap().unwrap_err();
     assert_eq!(refusal.reason, Reason::Changed, "{refusal}");
 }

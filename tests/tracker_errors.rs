@@ -8,10 +8,11 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
+use common::bindfs::Bindfs;
 use common::fds::{dumped, lost};
-use common::{Tracking, Worker, assert_fails, eventually, need_root, program, put, rig, stderr};
+use common::{Tracking, Worker, assert_fails, need_root, program, put, rig, stderr};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
@@ -147,38 +148,12 @@ fn waiting_for_a_mount_ends_when_its_time_is_over() {
     assert!(!pins.0.exists());
 }
 
-/// A FUSE mount that is not rclone's.
-struct Bindfs(Child, tempfile::TempDir);
-
-impl Bindfs {
-    fn start() -> Self {
-        let point = tempfile::tempdir().unwrap();
-        let mut command = Command::new("bindfs");
-        command.args(["-f", "/usr/share"]).arg(point.path());
-        let child = command
-            .spawn()
-            .expect("the Debian package bindfs is installed");
-        eventually("the mount of bindfs", || {
-            let table = fs::read_to_string("/proc/self/mounts").unwrap();
-            table.contains(point.path().to_str().unwrap())
-        });
-        Self(child, point)
-    }
-}
-
-impl Drop for Bindfs {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(self.1.path(), nix::mount::MntFlags::MNT_DETACH);
-        // Unmounted, it ends by itself.
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_prefix_must_be_a_folder_on_an_rclone_mount() {
     need_root();
     let rig = clip_rig();
-    let other = Bindfs::start();
+    let point = tempfile::tempdir().unwrap();
+    let _other = Bindfs::over(point.path(), Path::new("/usr/share"));
     let folder = tempfile::tempdir().unwrap();
     let pins = PinDir::new("prefix");
     for (prefix, message) in [
@@ -192,7 +167,7 @@ fn a_prefix_must_be_a_folder_on_an_rclone_mount() {
             folder.path().to_owned(),
             "not on an rclone mount: mount it first",
         ),
-        (other.1.path().to_owned(), "is FUSE but not rclone"),
+        (point.path().to_owned(), "is FUSE but not rclone"),
     ] {
         let output = try_run(&prefix, &pins.0, &[]);
         assert_fails(&output, 3, message);

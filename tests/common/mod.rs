@@ -3,6 +3,8 @@
 
 pub mod alike;
 
+pub mod bindfs;
+
 pub mod clips;
 
 pub mod exec;
