@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use vmafx_bypass::cache::ranges::Span;
-use vmafx_bypass::cache::trail::Gate;
+use vmafx_bypass::cache::trail::{Gate, Step};
 use vmafx_bypass::{Explanation, Reason};
 
 use super::read::options;
@@ -116,12 +116,17 @@ impl Document {
     }
 }
 
+/// What a gate found, if it was come to.
+fn step(explanation: &Explanation, gate: Gate) -> Option<&Step> {
+    explanation.steps.iter().find(|step| step.gate == gate)
+}
+
 /// Every gate there is, in order.
 fn gates(explanation: &Explanation) -> Vec<GateRow> {
-    let mut steps = explanation.steps.iter();
-    let is_handed_over = steps.any(|step| step.gate == Gate::Handover && step.found.is_ok());
+    let server = step(explanation, Gate::Handover);
+    let is_handed_over = server.is_some_and(|step| step.found.is_ok());
     let row = |gate: &Gate| {
-        let step = explanation.steps.iter().find(|step| step.gate == *gate);
+        let step = step(explanation, *gate);
         let refusal = step.and_then(|step| step.found.as_ref().err());
         // What a server has made up for needs no remedy.
         let refusal = refusal.filter(|_| !is_handed_over);
@@ -187,10 +192,9 @@ fn write_text(out: &mut impl Write, explanation: &Explanation) -> io::Result<()>
     if let Some(more) = explanation.ranges.len().checked_sub(MAX_ROWS + 1) {
         writeln!(out, "  … {} more; --format json has them all", more + 1)?;
     }
-    let came_to = |gate| explanation.steps.iter().any(|step| step.gate == gate);
-    let changed = if came_to(Gate::Prime) {
+    let changed = if step(explanation, Gate::Prime).is_some() {
         "one byte was read through fuse, so that rclone looks at the clip's version"
-    } else if came_to(Gate::Handover) {
+    } else if step(explanation, Gate::Handover).is_some() {
         "the server may have read one byte through fuse"
     } else {
         "nothing was read"

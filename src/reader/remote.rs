@@ -54,25 +54,23 @@ impl Via {
         // Either may be asked, or both in turn.
         let trail = RefCell::new(trail);
         let own = || prove::prove(companion, pulled, Wanted::Ranges, &mut trail.borrow_mut());
-        let server = || {
-            let named = self.socket.as_deref().ok_or_else(|| {
+        let Some(socket) = &self.socket else {
+            if self.alone {
                 let detail = format!("no server is named, by {VARIABLE} or otherwise");
-                Refusal::new(Reason::Handover, detail)
-            });
-            let given = named.and_then(|socket| from_server(socket, companion, pulled));
+                let unnamed = Err(Refusal::new(Reason::Handover, detail));
+                return trail.borrow_mut().failure(Gate::Handover, unnamed);
+            }
+            return own();
+        };
+        let server = || {
+            let given = from_server(socket, companion, pulled);
             trail.borrow_mut().step(Gate::Handover, given, |epoch| {
-                let socket = self.socket.as_deref().unwrap_or(Path::new("")).display();
-                format!(
-                    "{} bytes, by the server at `{socket}`",
-                    epoch.proven_bytes()
-                )
+                let (bytes, socket) = (epoch.proven_bytes(), socket.display());
+                format!("{bytes} bytes, by the server at `{socket}`")
             })
         };
         if self.alone {
             return server();
-        }
-        if self.socket.is_none() {
-            return own();
         }
         let own_first = is_root() || !is_on_rclone(companion);
         by_either(own_first, dev(companion), own, server)

@@ -233,13 +233,24 @@ mod tests {
         assert!(prefix.find(&table, Duration::ZERO, || ()).is_ok());
     }
 
-    #[test]
-    fn a_prefix_that_does_not_answer_is_silent_until_it_does() {
+    /// A folder that is there, as a prefix.
+    fn folder() -> (tempfile::TempDir, PathBuf, Prefix) {
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
-        let line = format!("1 0 0:5 / {} rw - fuse.rclone d rw", root.display());
-        let table = MountTable::parse(line.as_bytes());
-        let mut prefix = Prefix::new(&root).unwrap();
+        let prefix = Prefix::new(&root).unwrap();
+        (dir, root, prefix)
+    }
+
+    /// A table in which a mount of this type is there.
+    fn mounted(point: &Path, fstype: &str) -> MountTable {
+        let line = format!("1 0 0:5 / {} rw - {fstype} d rw", point.display());
+        MountTable::parse(line.as_bytes())
+    }
+
+    #[test]
+    fn a_prefix_that_does_not_answer_is_silent_until_it_does() {
+        let (_dir, root, mut prefix) = folder();
+        let table = mounted(&root, "fuse.rclone");
         // As if a thread waited for its file system.
         let (sender, answer) = mpsc::sync_channel(1);
         prefix.asked = Some(answer);
@@ -254,11 +265,8 @@ mod tests {
 
     #[test]
     fn an_old_answer_that_there_is_none_is_asked_for_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = fs::canonicalize(dir.path()).unwrap();
-        let line = format!("1 0 0:5 / {} rw - fuse.rclone d rw", root.display());
-        let table = MountTable::parse(line.as_bytes());
-        let mut prefix = Prefix::new(&root).unwrap();
+        let (_dir, root, mut prefix) = folder();
+        let table = mounted(&root, "fuse.rclone");
         let (sender, answer) = mpsc::sync_channel(1);
         sender.send(Err(PrefixError::Missing(root))).unwrap();
         prefix.asked = Some(answer);
@@ -268,7 +276,7 @@ mod tests {
     #[test]
     fn who_has_not_waited_is_told() {
         let mut prefix = Prefix::new(Path::new("/")).unwrap();
-        let table = MountTable::parse(b"1 0 0:5 / / rw - fuse.rclone d rw");
+        let table = mounted(Path::new("/"), "fuse.rclone");
         let (told, tells) = mpsc::channel();
         for _ in 0..100 {
             prefix.resolved = None;
@@ -293,12 +301,10 @@ mod tests {
 
     #[test]
     fn wrong_prefixes_are_told_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = fs::canonicalize(dir.path()).unwrap();
+        let (_dir, root, _) = folder();
         fs::write(root.join("file"), "").unwrap();
         let find = |path: &Path, fstype: &str| {
-            let line = format!("1 0 0:5 / {} rw - {fstype} d rw", root.display());
-            let table = MountTable::parse(line.as_bytes());
+            let table = mounted(&root, fstype);
             Prefix::new(path)
                 .unwrap()
                 .find(&table, PLENTY, || ())
